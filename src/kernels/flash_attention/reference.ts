@@ -1,0 +1,36 @@
+/**
+ * Causal attention with exact softmax in f64, a query and a head at a time.
+ * @param q `[qLen, heads, headDim]`; the first query is at `firstPosition`
+ * @param k `[kvLen, heads, headDim]`
+ * @param v `[kvLen, heads, headDim]`
+ * @returns `[qLen, heads, headDim]`
+ */
+export function attentionReference(
+  q: ArrayLike<number>,
+  k: ArrayLike<number>,
+  v: ArrayLike<number>,
+  shape: { heads: number; headDim: number; firstPosition: number; scale: number },
+): Float64Array {
+  const { heads, headDim, firstPosition, scale } = shape;
+  const width = heads * headDim;
+  const out = new Float64Array(q.length);
+  for (let i = 0; i < q.length / width; i++) {
+    for (let h = 0; h < heads; h++) {
+      const query = i * width + h * headDim;
+      const scores = new Float64Array(firstPosition + i + 1);
+      for (let j = 0; j < scores.length; j++) {
+        let dot = 0;
+        for (let d = 0; d < headDim; d++) dot += q[query + d]! * k[j * width + h * headDim + d]!;
+        scores[j] = dot * scale;
+      }
+      const max = scores.reduce((a, b) => Math.max(a, b), -Infinity);
+      const weights = scores.map((s) => Math.exp(s - max));
+      const sum = weights.reduce((a, b) => a + b, 0);
+      for (let j = 0; j < scores.length; j++) {
+        const p = weights[j]! / sum;
+        for (let d = 0; d < headDim; d++) out[query + d]! += p * v[j * width + h * headDim + d]!;
+      }
+    }
+  }
+  return out;
+}

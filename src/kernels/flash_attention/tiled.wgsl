@@ -1,0 +1,89 @@
+// out[i] = Σ_j softmax_j(q[i]·k[j] · scale) v[j] over j <= first_position + i: exact causal attention that never holds
+// more than TILE_Q × KEYS scores. Tiling: Dao et al. 2022, algorithm 1, with the loops exchanged as in FlashAttention-2
+// (Dao 2023, section 3.1). Online softmax: Milakov & Gimelshein 2018, here in base 2 with log2(e) folded into the scale.
+//
+// One workgroup a (tile of TILE_Q queries, head), one invocation a query: its q, its running maximum m, sum l and
+// unnormalised output o stay in registers in f32; tiles of TILE_KV keys and values are staged in workgroup memory, from
+// which all invocations read the same address at once.
+@group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;             // [q_len, 3, HEADS, HEAD_DIM4]
+@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
+@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<elem>>;       // [q_len, HEADS, HEAD_DIM4]
+
+// A score no real one reaches, and finite: the difference of two masked scores is 0, not NaN.
+const MASKED = -3.0e38;
+
+var<workgroup> k_tile: array<vec4f, TILE_KV * HEAD_DIM4>;
+var<workgroup> v_tile: array<vec4f, TILE_KV * HEAD_DIM4>;
+
+@compute @workgroup_size(TILE_Q)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3u,
+    @builtin(num_workgroups) grid: vec3u,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let head = workgroup.y;
+    // Late tiles attend to the most keys: started first, they do not run alone at the end.
+    let first_query = (grid.x - 1u - workgroup.x) * TILE_Q;
+    let query = first_query + lane;
+    let position = params.first_position + query;
+    let last_query = min(first_query + TILE_Q, params.q_len) - 1u;
+    let kv_end = params.first_position + last_query + 1u;
+    let kv_base = head * params.capacity * HEAD_DIM4;
+
+    var q: array<vec4f, HEAD_DIM4>;
+    var o: array<vec4f, HEAD_DIM4>;
+    var m = MASKED;
+    var l = 0.0;
+    if (query < params.q_len) {
+        for (var d = 0u; d < trips(HEAD_DIM4); d++) {
+            q[d] = vec4f(qkv[(3u * query * HEADS + head) * HEAD_DIM4 + d]) * params.scale_log2;
+        }
+    }
+
+    for (var first = 0u; first < kv_end; first += TILE_KV) {
+        for (var i = lane; i < TILE_KV * HEAD_DIM4; i += TILE_Q) {
+            // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
+            var key = vec4f(0.0);
+            var value = vec4f(0.0);
+            if (first + i / HEAD_DIM4 < kv_end) {
+                key = vec4f(k[kv_base + first * HEAD_DIM4 + i]);
+                value = vec4f(v[kv_base + first * HEAD_DIM4 + i]);
+            }
+            k_tile[i] = key;
+            v_tile[i] = value;
+        }
+        workgroupBarrier();
+        for (var group = 0u; group < TILE_KV; group += KEYS) {
+            var s: array<f32, KEYS>;
+            var m_new = m;
+            for (var j = 0u; j < trips(KEYS); j++) {
+                var products = vec4f(0.0);
+                for (var d = 0u; d < trips(HEAD_DIM4); d++) {
+                    products = fma(q[d], k_tile[(group + j) * HEAD_DIM4 + d], products);
+                }
+                let score = (products.x + products.y) + (products.z + products.w);
+                // Key 0 is in the first group and every query sees it: m is a real score from then on.
+                s[j] = select(MASKED, score, first + group + j <= position);
+                m_new = max(m_new, s[j]);
+            }
+            let rescale = exp2(m - m_new);
+            m = m_new;
+            l *= rescale;
+            for (var d = 0u; d < trips(HEAD_DIM4); d++) { o[d] *= rescale; }
+            for (var j = 0u; j < trips(KEYS); j++) {
+                let p = exp2(s[j] - m);
+                l += p;
+                for (var d = 0u; d < trips(HEAD_DIM4); d++) {
+                    o[d] = fma(vec4f(p), v_tile[(group + j) * HEAD_DIM4 + d], o[d]);
+                }
+            }
+        }
+        workgroupBarrier();
+    }
+
+    if (query >= params.q_len) { return; }
+    for (var d = 0u; d < trips(HEAD_DIM4); d++) {
+        out[(query * HEADS + head) * HEAD_DIM4 + d] = vec4<elem>(o[d] / l);
+    }
+}

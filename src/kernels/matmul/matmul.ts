@@ -1,0 +1,102 @@
+import type { Elem, Kernel, ShaderFile } from "../../runtime/kernel.ts";
+import { tripsHelper, unrollConst } from "../shared/shared.ts";
+import bindingsText from "./bindings.wgsl" with { type: "text" };
+import epilogueText from "./epilogue.wgsl" with { type: "text" };
+import gemvText from "./gemv.wgsl" with { type: "text" };
+import tiledText from "./tiled.wgsl" with { type: "text" };
+
+/** What is fused behind the product; the numbers are those in `epilogue.wgsl`. */
+export const EPILOGUES = { bias: 0, bias_gelu: 1, residual: 2 } as const;
+export type Epilogue = keyof typeof EPILOGUES;
+
+export interface MatmulProblem {
+  readonly rows: number;
+  /** Length of the sums, a multiple of four. */
+  readonly inner: number;
+  /** Columns of `w` and `out`, a multiple of four. */
+  readonly columns: number;
+}
+
+interface MatmulVariant {
+  /** Storage of `x` and `w`; `residual` adds to `out` in f32, the other epilogues store `elem`. */
+  readonly elem: Elem;
+  readonly epilogue: Epilogue;
+  /** See `shared/trips.wgsl`. */
+  readonly unroll: boolean;
+}
+
+export interface TiledVariant extends MatmulVariant {
+  readonly tileRows: number;
+  readonly tileColumns: number;
+  readonly tileInner: number;
+  readonly threadRows: number;
+}
+
+export interface GemvVariant extends MatmulVariant {
+  /** Four-column strips of one workgroup. */
+  readonly strip4: number;
+  /** Groups of lanes that share each sum. */
+  readonly slices: number;
+}
+
+const bindings: ShaderFile = { file: "matmul/bindings.wgsl", text: bindingsText };
+const epilogue: ShaderFile = { file: "matmul/epilogue.wgsl", text: epilogueText };
+
+const common = {
+  bindings: { x: "read", w: "read", bias: "read", out: "read_write" },
+  params: { rows: "u32", inner4: "u32", columns4: "u32", one: "u32" },
+  values: (_: unknown, p: MatmulProblem) => ({
+    rows: p.rows,
+    inner4: p.inner / 4,
+    columns4: p.columns / 4,
+    one: 1,
+  }),
+} as const;
+
+function header(v: MatmulVariant, consts: Readonly<Record<string, number>>) {
+  const outElem = v.epilogue === "residual" ? "f32" : v.elem;
+  return {
+    aliases: { elem: v.elem, out_elem: outElem },
+    consts: { EPILOGUE: EPILOGUES[v.epilogue], ...unrollConst(v.unroll), ...consts },
+  };
+}
+
+/** `out[rows, columns] = epilogue(x[rows, inner] · w[inner, columns] + bias)` for any number of rows. */
+export const tiledMatmul: Kernel<TiledVariant, MatmulProblem> = {
+  name: "matmul/tiled",
+  sources: [bindings, epilogue, { file: "matmul/tiled.wgsl", text: tiledText }, tripsHelper],
+  ...common,
+  header: (v) =>
+    header(v, {
+      TILE_ROWS: v.tileRows,
+      TILE_COLUMNS: v.tileColumns,
+      TILE_INNER: v.tileInner,
+      THREAD_ROWS: v.threadRows,
+    }),
+  workgroupBytes: (v) => 4 * v.tileInner * (v.tileRows + v.tileColumns), // x_tile + w_tile
+  workgroupInvocations: (v) => (v.tileRows / v.threadRows) * (v.tileColumns / 4),
+  grid: (v, p) => [Math.ceil(p.columns / v.tileColumns), Math.ceil(p.rows / v.tileRows), 1],
+};
+
+/** The same for exactly one row. */
+export const gemv: Kernel<GemvVariant, MatmulProblem> = {
+  name: "matmul/gemv",
+  sources: [bindings, epilogue, { file: "matmul/gemv.wgsl", text: gemvText }, tripsHelper],
+  ...common,
+  header: (v) => header(v, { STRIP4: v.strip4, SLICES: v.slices }),
+  workgroupBytes: (v) => 16 * v.strip4 * v.slices, // partial
+  workgroupInvocations: (v) => v.strip4 * v.slices,
+  grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), 1, 1],
+};
+
+/** Tiles in order of preference for many rows. */
+export function tiledVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): TiledVariant[] {
+  return [
+    { elem, epilogue, unroll, tileRows: 64, tileColumns: 64, tileInner: 16, threadRows: 4 },
+    { elem, epilogue, unroll, tileRows: 16, tileColumns: 64, tileInner: 16, threadRows: 4 },
+  ];
+}
+
+export function gemvVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): GemvVariant[] {
+  return [{ elem, epilogue, unroll, strip4: 8, slices: 16 }];
+}

@@ -1,0 +1,274 @@
+/**
+ * Byte-level BPE as GPT-2 uses it: text to ids by `@huggingface/tokenizers`, ids to bytes by our own table.
+ *
+ * Decoding never asks the library: it cleans up spaces before punctuation by default, and it decodes each call on its
+ * own, which breaks characters whose bytes lie in two tokens. Joining the raw bytes of the tokens is exact.
+ */
+import { join } from "node:path";
+import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer } from "@huggingface/tokenizers";
+import { InputError, ModelError } from "../runtime/errors.ts";
+import { fileErrorCode, isJsonObject, type JsonObject, readJsonObject } from "./json_file.ts";
+
+/** Text to token ids and back; `decode(encode(text)) === text` for every well-formed string. */
+export interface GPT2Tokenizer {
+  /** Highest id + 1, added tokens included; a checkpoint may have more rows than this. */
+  readonly vocabSize: number;
+  /** Ids of the text; the text of an added token such as `<|endoftext|>` gives its id, nothing else is added. */
+  encode(text: string): number[];
+  /** The text of the ids, nothing stripped; bytes that are no UTF-8 become U+FFFD as in every UTF-8 decoder. */
+  decode(ids: readonly number[]): string;
+  /** The raw bytes of one token, to be read only; empty for an id that has no token (padded vocabularies). */
+  bytesOf(id: number): Uint8Array;
+  /** The id of a token as `tokenizer.json` spells it (`"Ġthe"`, `"<|endoftext|>"`). */
+  tokenToId(token: string): number | undefined;
+}
+
+interface AddedTokenEntry {
+  id: number;
+  content: string;
+}
+
+/** Parsed `tokenizer.json` and `tokenizer_config.json`; `source` is the folder to name in errors. */
+export interface TokenizerFiles {
+  readonly tokenizer: unknown;
+  readonly config?: unknown;
+  readonly source: string;
+}
+
+/**
+ * GPT-2's pre-tokenizer with Unicode's White_Space where the library has `\s`: in JavaScript `\s` leaves out U+0085
+ * and takes in U+FEFF, in the Rust tokenizers (Oniguruma) it is the other way round.
+ */
+const GPT2_PATTERN =
+  /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+
+/** GPT-2 spells byte b of a token as one character: itself where it prints in Latin-1, else U+0100, U+0101, … in order. */
+const BYTE_OF_CHAR = byteAlphabet();
+
+function byteAlphabet(): ReadonlyMap<string, number> {
+  const alphabet = new Map<string, number>();
+  let next = 0x100;
+  for (let byte = 0; byte < 256; byte++) {
+    const printable = (byte > 0x20 && byte < 0x7f) || (byte > 0xa0 && byte !== 0xad);
+    alphabet.set(String.fromCharCode(printable ? byte : next++), byte);
+  }
+  return alphabet;
+}
+
+/** Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a model folder. */
+export async function loadTokenizer(dir: string): Promise<GPT2Tokenizer> {
+  const tokenizer = await readOptionalJson(join(dir, "tokenizer.json"));
+  if (tokenizer === undefined) {
+    throw new ModelError(`No tokenizer.json in ${dir}`, {
+      hint: "a model folder holds config.json, tokenizer.json and model.safetensors; " +
+        "`longform pull REPO` fetches all of them",
+    });
+  }
+  const config = await readOptionalJson(join(dir, "tokenizer_config.json"));
+  return createTokenizer({ tokenizer, config, source: dir });
+}
+
+/** The parsed file; `undefined` if there is none. */
+async function readOptionalJson(path: string): Promise<JsonObject | undefined> {
+  try {
+    return await readJsonObject(path);
+  } catch (error) {
+    if (error instanceof ModelError && fileErrorCode(error.cause) === "ENOENT") return undefined;
+    throw error;
+  }
+}
+
+/** Builds the tokenizer from parsed files; anything that is not byte-level BPE is a ModelError. */
+export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
+  const { source } = files;
+  const json = files.tokenizer;
+  const config = isJsonObject(files.config) ? files.config : {};
+  const vocab = byteLevelVocab(json, source);
+  const addedTokens = allAddedTokens(json as JsonObject, config, source);
+  const library = buildLibrary({ ...json as JsonObject, added_tokens: addedTokens }, source);
+  fixPreTokenizer(library, config);
+
+  const bytes = packBytes(vocab, addedTokens, source);
+  const missesBytes = [...BYTE_OF_CHAR.keys()].some((char) => vocab[char] === undefined);
+
+  const bytesOf = (id: number): Uint8Array => {
+    const start = bytes.offsets[id];
+    const end = bytes.offsets[id + 1];
+    return start === undefined || end === undefined ? new Uint8Array(0) : bytes.data.subarray(start, end);
+  };
+  const decode = (ids: readonly number[]): string =>
+    new TextDecoder("utf-8", { ignoreBOM: true }).decode(joinBytes(ids, bytesOf));
+
+  return {
+    vocabSize: bytes.offsets.length - 1,
+    encode(text) {
+      const { ids } = library.encode(text, { add_special_tokens: false });
+      // A small vocabulary trained without the 256 single bytes cannot spell every text, and the library drops the rest.
+      if (missesBytes && !decode(ids).endsWith(text.toWellFormed())) {
+        throw new InputError(`The tokenizer in ${source} has no tokens for some characters of the text`, {
+          hint:
+            "its vocabulary lacks some of the 256 single-byte tokens; use a model whose tokenizer has them all",
+        });
+      }
+      return ids;
+    },
+    decode,
+    bytesOf,
+    tokenToId: (token) => library.token_to_id(token),
+  };
+}
+
+/** Checks that this is byte-level BPE, and returns the model's vocabulary. */
+function byteLevelVocab(json: unknown, source: string): Readonly<Record<string, number>> {
+  const model = isJsonObject(json) ? json.model : undefined;
+  if (!isJsonObject(json) || !isJsonObject(model)) throw notByteLevel(source, "it has no `model`");
+  if ((model.type ?? "BPE") !== "BPE") throw notByteLevel(source, `its model is ${String(model.type)}`);
+  if (!isJsonObject(model.vocab) || !Array.isArray(model.merges)) {
+    throw notByteLevel(source, "its model has no `vocab` and `merges`");
+  }
+  if (!hasByteLevel(json.pre_tokenizer)) throw notByteLevel(source, "its pre-tokenizer is not ByteLevel");
+  for (const [token, id] of Object.entries(model.vocab)) {
+    if (!isTokenId(id)) throw notByteLevel(source, `${JSON.stringify(token)} has the id ${String(id)}`);
+  }
+  return model.vocab as Record<string, number>;
+}
+
+function hasByteLevel(preTokenizer: unknown): boolean {
+  if (!isJsonObject(preTokenizer)) return false;
+  if (preTokenizer.type === "ByteLevel") return true;
+  return Array.isArray(preTokenizer.pretokenizers) && preTokenizer.pretokenizers.some(hasByteLevel);
+}
+
+function notByteLevel(source: string, why: string): ModelError {
+  return new ModelError(`The tokenizer in ${source} is not byte-level BPE: ${why}`, {
+    hint:
+      "GPT-2 checkpoints carry a byte-level BPE tokenizer.json; the model folder may belong to another architecture",
+  });
+}
+
+/** `added_tokens` of tokenizer.json, and those that only tokenizer_config.json lists (`added_tokens_decoder`). */
+function allAddedTokens(json: JsonObject, config: JsonObject, source: string): AddedTokenEntry[] {
+  const listed = (Array.isArray(json.added_tokens) ? json.added_tokens : []) as unknown[];
+  const known = new Set(listed.map((token) => isJsonObject(token) ? token.content : undefined));
+  const extra = Object.entries(isJsonObject(config.added_tokens_decoder) ? config.added_tokens_decoder : {})
+    .flatMap(([id, token]) =>
+      isJsonObject(token) && !known.has(token.content) ? [{ ...token, id: Number(id) }] : []
+    );
+  return [...listed, ...extra].map((token) => {
+    if (
+      isJsonObject(token) && isTokenId(token.id) && typeof token.content === "string" && token.content !== ""
+    ) {
+      return token as JsonObject & AddedTokenEntry;
+    }
+    throw notByteLevel(source, `the added token ${JSON.stringify(token)} lacks an id or its text`);
+  });
+}
+
+/** Without the post-processor, so that no template can add tokens; without the decoder, which we never call. */
+function buildLibrary(json: JsonObject, source: string): Tokenizer {
+  try {
+    return new Tokenizer({
+      ...json,
+      normalizer: json.normalizer ?? null,
+      post_processor: null,
+      decoder: null,
+    }, {});
+  } catch (cause) {
+    throw new ModelError(`Cannot use the tokenizer.json in ${source}: ${messageOf(cause)}`, {
+      hint: "it should be the tokenizer.json of a GPT-2 checkpoint, unchanged",
+      cause,
+    });
+  }
+}
+
+/** Puts in the exact pattern; `add_prefix_space` of tokenizer_config.json, where given, overrides tokenizer.json's. */
+function fixPreTokenizer(library: Tokenizer, config: JsonObject): void {
+  const top = library.pre_tokenizer;
+  const parts: readonly unknown[] = top instanceof SequencePreTokenizer ? top.tokenizers : [top];
+  for (const part of parts) {
+    if (!(part instanceof ByteLevelPreTokenizer)) continue;
+    part.pattern = GPT2_PATTERN;
+    if (typeof config.add_prefix_space === "boolean") part.add_prefix_space = config.add_prefix_space;
+  }
+}
+
+/** All tokens' bytes end to end: token i is `data[offsets[i] .. offsets[i + 1])`. */
+function packBytes(
+  vocab: Readonly<Record<string, number>>,
+  added: readonly AddedTokenEntry[],
+  source: string,
+) {
+  const spelled = new Map(Object.entries(vocab).map(([token, id]) => [id, token]));
+  const special = new Map(added.map(({ id, content }) => [id, new TextEncoder().encode(content)]));
+  let size = 0;
+  let length = 0;
+  for (const [id, token] of spelled) (size = Math.max(size, id + 1), length += token.length);
+  for (const [id, content] of special) (size = Math.max(size, id + 1), length += content.length);
+
+  const data = new Uint8Array(length);
+  const offsets = new Uint32Array(size + 1);
+  let at = 0;
+  for (let id = 0; id < size; id++) {
+    const content = special.get(id);
+    if (content !== undefined) {
+      data.set(content, at);
+      at += content.length;
+    } else {
+      for (const char of spelled.get(id) ?? "") {
+        const byte = BYTE_OF_CHAR.get(char);
+        if (byte === undefined) {
+          throw notByteLevel(
+            source,
+            `token ${id} is ${JSON.stringify(spelled.get(id))}, not spelled in bytes`,
+          );
+        }
+        data[at++] = byte;
+      }
+    }
+    offsets[id + 1] = at;
+  }
+  return { data, offsets };
+}
+
+function joinBytes(ids: readonly number[], bytesOf: (id: number) => Uint8Array): Uint8Array {
+  const parts = ids.map(bytesOf);
+  const joined = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
+  let at = 0;
+  for (const part of parts) {
+    joined.set(part, at);
+    at += part.length;
+  }
+  return joined;
+}
+
+/**
+ * Text of a stream of tokens. A character whose bytes are not all there yet waits for the next token, so no piece ends
+ * in half a character; all pieces and the flush together equal `decode` of all ids.
+ */
+export class StreamDecoder {
+  readonly #tokenizer: Pick<GPT2Tokenizer, "bytesOf">;
+  readonly #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+
+  constructor(tokenizer: Pick<GPT2Tokenizer, "bytesOf">) {
+    this.#tokenizer = tokenizer;
+  }
+
+  /** The text that this token completes; empty while a character is unfinished. */
+  push(id: number): string {
+    return this.#decoder.decode(this.#tokenizer.bytesOf(id), { stream: true });
+  }
+
+  /** U+FFFD if the stream ended inside a character, else nothing; afterwards the decoder starts afresh. */
+  flush(): string {
+    return this.#decoder.decode();
+  }
+}
+
+/** Ids index an array here, so a damaged file must not ask for a huge one. */
+function isTokenId(value: unknown): value is number {
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 2 ** 24;
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}

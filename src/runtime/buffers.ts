@@ -1,0 +1,139 @@
+/** GPU buffers with labels and byte accounting, uploads and readbacks. */
+import { DoesNotFitError } from "./errors.ts";
+import type { Gpu } from "./device.ts";
+
+/** What a buffer is for; the memory report adds up by purpose. */
+export type Purpose = "weights" | "kv" | "activations" | "staging";
+
+/** Bytes allocated on the device, counted when buffers are created and destroyed. */
+export class MemoryLedger {
+  readonly #current: Record<Purpose, number> = { weights: 0, kv: 0, activations: 0, staging: 0 };
+  #total = 0;
+  #peak = 0;
+
+  add(purpose: Purpose, bytes: number): void {
+    this.#current[purpose] += bytes;
+    this.#total += bytes;
+    this.#peak = Math.max(this.#peak, this.#total);
+  }
+
+  /** Bytes allocated now for one purpose. */
+  bytes(purpose: Purpose): number {
+    return this.#current[purpose];
+  }
+
+  /** Most bytes that were ever allocated at once. */
+  get peakBytes(): number {
+    return this.#peak;
+  }
+}
+
+let nextId = 0;
+
+/** A storage buffer. Kernels index it in vec4, so its size is rounded up to 16 bytes; new buffers read as zeros. */
+export class GpuBuffer {
+  readonly id = nextId++;
+  readonly gpu: Gpu;
+  readonly handle: GPUBuffer;
+  readonly label: string;
+  readonly purpose: Purpose;
+  readonly byteLength: number;
+
+  constructor(gpu: Gpu, label: string, purpose: Purpose, byteLength: number, usage: GPUBufferUsageFlags) {
+    this.gpu = gpu;
+    this.label = label;
+    this.purpose = purpose;
+    this.byteLength = Math.max(16, Math.ceil(byteLength / 16) * 16);
+    this.handle = gpu.device.createBuffer({ label, size: this.byteLength, usage });
+    gpu.memory.add(purpose, this.byteLength);
+  }
+
+  destroy(): void {
+    this.handle.destroy();
+    this.gpu.memory.add(this.purpose, -this.byteLength);
+    this.gpu.pipelines.forgetBindGroups();
+  }
+}
+
+/**
+ * Creates a storage buffer that a kernel can bind whole.
+ * @throws DoesNotFitError when it is larger than the device can allocate or bind
+ */
+export function createBuffer(gpu: Gpu, label: string, purpose: Purpose, byteLength: number): GpuBuffer {
+  const most = Math.min(gpu.caps.maxBufferBytes, gpu.caps.maxBindingBytes);
+  if (byteLength > most) {
+    throw new DoesNotFitError(
+      `Cannot bind "${label}": it needs ${formatBytes(byteLength)}, this device binds at most ${
+        formatBytes(most)
+      }`,
+      { hint: "use a smaller `--context`, or `--dtype f16` if this run is in f32" },
+    );
+  }
+  const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
+  return new GpuBuffer(gpu, label, purpose, byteLength, usage);
+}
+
+/** Copies host bytes into a buffer; offset and length are multiples of 4. The bytes may be reused at once. */
+export function upload(buffer: GpuBuffer, data: ArrayBufferView<ArrayBuffer>, byteOffset = 0): void {
+  // As bytes: Dawn's binding ends the process when it is handed a Float16Array.
+  const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+  buffer.gpu.device.queue.writeBuffer(buffer.handle, byteOffset, bytes);
+}
+
+/** A mappable buffer that receives one copy; `read()` maps it, copies the bytes out and frees it. */
+export class Readback {
+  readonly #buffer: GpuBuffer;
+  readonly #byteLength: number;
+
+  constructor(gpu: Gpu, label: string, byteLength: number) {
+    this.#byteLength = byteLength;
+    const usage = GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
+    this.#buffer = new GpuBuffer(gpu, `readback of ${label}`, "staging", byteLength, usage);
+  }
+
+  get handle(): GPUBuffer {
+    return this.#buffer.handle;
+  }
+
+  /** Waits for the copy that was submitted before this call; the buffer can be copied to again afterwards. */
+  async read(): Promise<ArrayBuffer> {
+    const { handle, gpu } = this.#buffer;
+    await gpu.wait(handle.mapAsync(GPUMapMode.READ));
+    const bytes = handle.getMappedRange(0, Math.ceil(this.#byteLength / 4) * 4).slice(0, this.#byteLength);
+    handle.unmap();
+    return bytes;
+  }
+
+  destroy(): void {
+    this.#buffer.destroy();
+  }
+}
+
+/** Reads a whole buffer, or `byteLength` bytes from `byteOffset` (multiples of 4), back to the host. */
+export async function download(
+  buffer: GpuBuffer,
+  byteOffset = 0,
+  byteLength = buffer.byteLength - byteOffset,
+): Promise<ArrayBuffer> {
+  const readback = new Readback(buffer.gpu, buffer.label, byteLength);
+  try {
+    const encoder = buffer.gpu.device.createCommandEncoder({ label: `download ${buffer.label}` });
+    encoder.copyBufferToBuffer(buffer.handle, byteOffset, readback.handle, 0, Math.ceil(byteLength / 4) * 4);
+    buffer.gpu.device.queue.submit([encoder.finish()]);
+    return await readback.read();
+  } finally {
+    readback.destroy();
+  }
+}
+
+/** Bytes in the largest binary unit that leaves a number of at least one. */
+export function formatBytes(bytes: number): string {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let unit = 0;
+  let value = bytes;
+  while (value >= 1024 && unit < units.length - 1) {
+    value /= 1024;
+    unit++;
+  }
+  return `${Number.isInteger(value) ? value : value.toFixed(value < 10 ? 2 : 1)} ${units[unit]}`;
+}

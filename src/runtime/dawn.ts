@@ -1,0 +1,66 @@
+/**
+ * The only importer of npm `webgpu` (Dawn). Everything Dawn-specific lives here: the instance flags with the reason
+ * for each, and the pin that keeps the native instance alive.
+ */
+import { create, globals } from "webgpu";
+
+// Bun has no WebGPU globals; Deno has its own, made for wgpu, and Dawn's objects fail their checks.
+for (const [name, value] of Object.entries(globals)) {
+  Object.defineProperty(globalThis, name, { value, configurable: true, writable: true });
+}
+
+/** Features of Dawn that are off by default and that the kernels need. */
+const ENABLED = [
+  // Subgroup matrices (tensor cores) are experimental, and Dawn hides experimental features without this.
+  "allow_unsafe_apis",
+  // Dawn blocklists f16 on NVIDIA's Vulkan driver; every kernel is compared with a reference on that driver instead.
+  "vulkan_enable_f16_on_nvidia",
+  // Subgroup matrices need it, and it defines the ordering that workgroup barriers rely on.
+  "use_vulkan_memory_model",
+];
+
+/** Features of Dawn that are on by default and in the way. */
+const DISABLED = [
+  // Timestamps are rounded to 65,536 ns otherwise: most decode kernels would read as zero.
+  "timestamp_quantization",
+];
+
+/**
+ * Every instance ever created. When the object that `create()` returns is collected while a device lives, the next
+ * garbage collection ends the process with a segmentation fault, so instances are kept until the process ends.
+ */
+const pinned: GPU[] = [];
+
+export interface InstanceOptions {
+  /** `null` accepts and validates everything and executes nothing: shader compilation without a GPU. */
+  readonly backend?: "vulkan" | "null";
+  /** Substring of the adapter's name, as Dawn matches it. */
+  readonly adapterName?: string;
+}
+
+/** Creates a Dawn instance with the project's features. */
+export function createInstance(options: InstanceOptions = {}): GPU {
+  const flags = [
+    `enable-dawn-features=${ENABLED.join(",")}`,
+    `disable-dawn-features=${DISABLED.join(",")}`,
+  ];
+  if (options.backend) flags.push(`backend=${options.backend}`);
+  if (options.adapterName) flags.push(`adapter=${options.adapterName}`);
+  const gpu = create(flags);
+  pinned.push(gpu);
+  return gpu;
+}
+
+/**
+ * Names of the Vulkan adapters that Dawn can open, in its order of preference; empty when there is none.
+ * dawn.node has no enumeration call: asking for a name that cannot exist makes it list those that do.
+ */
+export async function listAdapterNames(): Promise<string[]> {
+  try {
+    await createInstance({ adapterName: "\u0001" }).requestAdapter();
+  } catch (error) {
+    const lines = String(error).split("\n");
+    return lines.flatMap((line) => /backend: 'vulkan', name: '(.*)'/.exec(line)?.[1] ?? []);
+  }
+  return [];
+}

@@ -1,0 +1,240 @@
+/**
+ * Adapter choice and the device: what the machine can do (`Capabilities`), and the one object (`Gpu`) that owns the
+ * device, its pipelines, its bind groups and the count of bytes allocated on it.
+ */
+import { createInstance, listAdapterNames } from "./dawn.ts";
+import { MemoryLedger } from "./buffers.ts";
+import { PipelineCache } from "./kernel.ts";
+import { DeviceError, DoesNotFitError, LongformError, NoAdapterError } from "./errors.ts";
+import { invisibleGpuNote } from "./host_gpu.ts";
+
+/** Immediates (push constants) are 64 bytes on every backend of Dawn: sixteen u32 or f32 parameters a kernel. */
+export const IMMEDIATE_BYTES = 64;
+
+/** What the chosen adapter is and allows; the only thing that kernels look at when they choose a variant. */
+export interface Capabilities {
+  readonly name: string;
+  readonly vendor: string;
+  readonly architecture: string;
+  readonly driver: string;
+  /** A CPU implementation of Vulkan: correct, and a hundred to a thousand times slower than a GPU. */
+  readonly isSoftware: boolean;
+  readonly f16: boolean;
+  readonly timestamps: boolean;
+  /** Lanes of a subgroup; 0 where the device has no subgroups. */
+  readonly subgroupMinSize: number;
+  readonly subgroupMaxSize: number;
+  readonly subgroupMatrix: boolean;
+  readonly maxBufferBytes: number;
+  readonly maxBindingBytes: number;
+  readonly workgroupBytes: number;
+  readonly workgroupInvocations: number;
+  readonly workgroupsPerDimension: number;
+}
+
+export interface DeviceOptions {
+  /** Substring of an adapter's name, or its index in the order that `info` lists. */
+  readonly adapter?: string;
+  /** Take a software adapter even where there is a GPU. */
+  readonly fallbackAdapter?: boolean;
+  /** Narrows what the adapter reports, so that tests reach the paths of smaller devices on any machine. */
+  readonly restrict?: Partial<Capabilities>;
+  /** Opens Dawn's null backend: shaders compile, nothing runs. */
+  readonly nullBackend?: boolean;
+  /** Receives one-line notices for the user (a software adapter, a GPU that Vulkan does not show). */
+  readonly onNotice?: (message: string) => void;
+}
+
+/** A device and all that is cached on it. Create one a process; call `destroy()` when done. */
+export class Gpu {
+  readonly device: GPUDevice;
+  readonly caps: Capabilities;
+  readonly memory = new MemoryLedger();
+  readonly pipelines: PipelineCache;
+  #failure: LongformError | undefined;
+  #rejectFailed: (error: LongformError) => void = () => {};
+  readonly #failed: Promise<never>;
+  #destroyed = false;
+
+  constructor(device: GPUDevice, caps: Capabilities) {
+    this.device = device;
+    this.caps = caps;
+    this.pipelines = new PipelineCache(this);
+    this.#failed = new Promise((_, reject) => this.#rejectFailed = reject);
+    this.#failed.catch(() => {});
+    device.addEventListener("uncapturederror", (event) => {
+      event.preventDefault();
+      this.#fail(describeError((event as GPUUncapturedErrorEvent).error));
+    });
+    device.lost.then((info) => {
+      if (this.#destroyed) return;
+      this.#fail(
+        new DeviceError(`The GPU device was lost (${info.reason}): ${firstLine(info.message)}`, {
+          hint:
+            "run the command again; if it happens again, try a smaller `--context` or another `--adapter`",
+        }),
+      );
+    });
+  }
+
+  #fail(error: LongformError): void {
+    this.#failure ??= error;
+    this.#rejectFailed(this.#failure);
+  }
+
+  /** Throws what went wrong on the device since it was opened, if anything did. */
+  check(): void {
+    if (this.#failure) throw this.#failure;
+  }
+
+  /** Waits for GPU work, but no longer than the device lives: its loss or any uncaptured error rejects. */
+  async wait<T>(work: Promise<T>): Promise<T> {
+    this.check();
+    try {
+      const result = await Promise.race([work, this.#failed]);
+      this.check();
+      return result;
+    } catch (error) {
+      // A lost device also aborts the work itself; the loss is the cause worth reporting, and it may arrive a turn later.
+      if (!(error instanceof LongformError)) await new Promise((resolve) => setTimeout(resolve, 0));
+      this.check();
+      throw error;
+    }
+  }
+
+  /** Waits until all submitted work is done. */
+  async idle(): Promise<void> {
+    await this.wait(this.device.queue.onSubmittedWorkDone());
+  }
+
+  destroy(): void {
+    this.#destroyed = true;
+    this.device.destroy();
+  }
+}
+
+function firstLine(text: string): string {
+  return text.trim().split("\n")[0] ?? "";
+}
+
+function describeError(error: GPUError): LongformError {
+  if (error instanceof GPUOutOfMemoryError) {
+    return new DoesNotFitError(`The GPU is out of memory: ${firstLine(error.message)}`, {
+      hint: "use a smaller `--context` or `--dtype f16`, or end other programs that use the GPU",
+    });
+  }
+  return new DeviceError(`The GPU reported an error: ${firstLine(error.message)}`, { cause: error });
+}
+
+/** Opens the adapter that the options ask for, hardware first. */
+export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
+  const adapter = await chooseAdapter(options);
+  const caps = capabilitiesOf(adapter, options.restrict);
+  const features: GPUFeatureName[] = [];
+  if (caps.f16) features.push("shader-f16");
+  if (caps.timestamps) features.push("timestamp-query");
+  const device = await adapter.requestDevice({
+    label: "longform",
+    requiredFeatures: features,
+    // Without these the device has the specification's minimum: 128 MiB bindings, 16 KiB of workgroup memory.
+    requiredLimits: {
+      maxBufferSize: adapter.limits.maxBufferSize,
+      maxStorageBufferBindingSize: adapter.limits.maxStorageBufferBindingSize,
+      maxComputeWorkgroupStorageSize: adapter.limits.maxComputeWorkgroupStorageSize,
+      maxComputeInvocationsPerWorkgroup: adapter.limits.maxComputeInvocationsPerWorkgroup,
+      maxComputeWorkgroupSizeX: adapter.limits.maxComputeWorkgroupSizeX,
+      maxImmediateSize: IMMEDIATE_BYTES,
+    } as Record<string, number>,
+  });
+  return new Gpu(device, caps);
+}
+
+/** The adapters of this machine in Dawn's order, described. */
+export async function listAdapters(): Promise<Capabilities[]> {
+  const found: Capabilities[] = [];
+  for (const name of await listAdapterNames()) {
+    const adapter = await createInstance({ adapterName: name }).requestAdapter();
+    if (adapter) found.push(capabilitiesOf(adapter));
+  }
+  return found;
+}
+
+async function chooseAdapter(options: DeviceOptions): Promise<GPUAdapter> {
+  if (options.nullBackend) {
+    const adapter = await createInstance({ backend: "null" }).requestAdapter();
+    if (!adapter) throw new NoAdapterError("Dawn's null backend has no adapter");
+    return adapter;
+  }
+  if (options.adapter !== undefined) return await adapterByName(options.adapter);
+  const first = await createInstance().requestAdapter({
+    powerPreference: "high-performance",
+    forceFallbackAdapter: options.fallbackAdapter === true,
+  }).catch(() => null);
+  if (!first) throw noAdapter();
+  if (options.fallbackAdapter || !first.info.isFallbackAdapter) return first;
+  const hardware = await hardwareAdapter();
+  if (!hardware) {
+    options.onNotice?.(`no GPU found, running on the CPU with ${adapterName(first)}: expect it to be slow`);
+    const note = invisibleGpuNote();
+    if (note) options.onNotice?.(note);
+  }
+  return hardware ?? first;
+}
+
+/** Dawn may put a software adapter first: look through the others before settling for it. */
+async function hardwareAdapter(): Promise<GPUAdapter | null> {
+  for (const name of await listAdapterNames()) {
+    const adapter = await createInstance({ adapterName: name }).requestAdapter();
+    if (adapter && !adapter.info.isFallbackAdapter) return adapter;
+  }
+  return null;
+}
+
+async function adapterByName(wanted: string): Promise<GPUAdapter> {
+  const names = await listAdapterNames();
+  if (names.length === 0) throw noAdapter();
+  const name = /^\d+$/.test(wanted)
+    ? names[Number(wanted)]
+    : names.find((candidate) => candidate.toLowerCase().includes(wanted.toLowerCase()));
+  const adapter = name === undefined
+    ? null
+    : await createInstance({ adapterName: name }).requestAdapter().catch(() => null);
+  if (adapter) return adapter;
+  throw new NoAdapterError(`No adapter matches \`--adapter ${wanted}\``, {
+    hint: `this machine has ${names.map((n, i) => `${i}: ${n}`).join(", ")}`,
+  });
+}
+
+function noAdapter(): NoAdapterError {
+  return new NoAdapterError("No Vulkan adapter was found on this machine", {
+    hint: invisibleGpuNote() ??
+      "install a GPU driver with Vulkan, or Mesa 23 or newer for the CPU fallback (libvulkan1 and mesa-vulkan-drivers; " +
+        "on Debian 12 from bookworm-backports): `./longform` does it when run as root",
+  });
+}
+
+function adapterName(adapter: GPUAdapter): string {
+  return adapter.info.description || adapter.info.device || adapter.info.vendor || "an unnamed adapter";
+}
+
+function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {}): Capabilities {
+  const { info, limits, features } = adapter;
+  return Object.freeze({
+    name: info.device || adapterName(adapter),
+    vendor: info.vendor,
+    architecture: info.architecture,
+    driver: info.description,
+    isSoftware: info.isFallbackAdapter,
+    f16: features.has("shader-f16"),
+    timestamps: features.has("timestamp-query"),
+    subgroupMinSize: info.subgroupMinSize ?? 0,
+    subgroupMaxSize: info.subgroupMaxSize ?? 0,
+    subgroupMatrix: features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName),
+    maxBufferBytes: limits.maxBufferSize,
+    maxBindingBytes: limits.maxStorageBufferBindingSize,
+    workgroupBytes: limits.maxComputeWorkgroupStorageSize,
+    workgroupInvocations: limits.maxComputeInvocationsPerWorkgroup,
+    workgroupsPerDimension: limits.maxComputeWorkgroupsPerDimension,
+    ...restrict,
+  });
+}

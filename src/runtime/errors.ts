@@ -1,0 +1,42 @@
+/**
+ * Every failure a user can cause or meet is one of these classes: the message is one sentence that says what is
+ * wrong and where, `hint` says what to do, and `exitCode` is the process status that scripts rely on.
+ */
+export class LongformError extends Error {
+  /** Process exit status: 1 the work failed, 2 wrong command line, 3 no adapter, 4 does not fit. */
+  readonly exitCode: number = 1;
+  readonly hint: string | undefined;
+
+  constructor(message: string, options: { hint?: string; cause?: unknown } = {}) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause });
+    this.name = new.target.name;
+    this.hint = options.hint;
+  }
+}
+
+/** The command line is wrong: an unknown flag, a value out of range, arguments that contradict each other. */
+export class UsageError extends LongformError {
+  override readonly exitCode = 2;
+}
+
+/** There is no adapter that can run the request: no Vulkan driver, or none that matches `--adapter`. */
+export class NoAdapterError extends LongformError {
+  override readonly exitCode = 3;
+}
+
+/** The request needs more memory, or a larger buffer or binding, than the device allows. */
+export class DoesNotFitError extends LongformError {
+  override readonly exitCode = 4;
+}
+
+/** A model folder, checkpoint, config or tokenizer that is missing, damaged or not GPT-2. */
+export class ModelError extends LongformError {}
+
+/** A prompt or an input file that cannot be used. */
+export class InputError extends LongformError {}
+
+/** A shader that does not compile; the message points at the `.wgsl` file and line. */
+export class ShaderError extends LongformError {}
+
+/** The device was lost, ran out of memory, or reported an error that no call returned. */
+export class DeviceError extends LongformError {}

@@ -1,0 +1,238 @@
+/**
+ * What a kernel is: WGSL text, its bindings and parameters, and pure functions from a variant (what changes the text)
+ * and a problem (sizes known only at run time) to the header, the limits it needs and the grid.
+ */
+import type { Capabilities, Gpu } from "./device.ts";
+import { IMMEDIATE_BYTES } from "./device.ts";
+import { DeviceError, ShaderError } from "./errors.ts";
+
+/** How tensors are stored; all arithmetic is in f32 whichever it is. */
+export type Elem = "f16" | "f32";
+
+/** Bytes of one stored element. */
+export function sizeOf(elem: Elem): number {
+  return elem === "f16" ? 2 : 4;
+}
+
+/** One `.wgsl` file: its name is what compile errors point at. */
+export interface ShaderFile {
+  readonly file: string;
+  readonly text: string;
+}
+
+/** The declarations put in front of a kernel's body; their text is the pipeline's cache key. */
+export interface ShaderHeader {
+  /** Storage types by the alias the body uses: `alias elem = f16;`. */
+  readonly aliases: Readonly<Record<string, Elem>>;
+  /** Unsigned compile-time constants: `const TILE_Q = 64u;`. */
+  readonly consts: Readonly<Record<string, number>>;
+}
+
+export type Grid = readonly [x: number, y: number, z: number];
+
+/**
+ * A kernel with variants `V` and problems `P`. Bindings and parameters are listed once, here: the layout, the WGSL
+ * `Params` struct and the order of the host's values all come from these lists.
+ */
+export interface Kernel<V, P> {
+  /** Family and variant, as in the folder and file: `matmul/tiled`. */
+  readonly name: string;
+  readonly sources: readonly ShaderFile[];
+  /** Storage buffers in binding order, as the body declares them. */
+  readonly bindings: Readonly<Record<string, "read" | "read_write">>;
+  /** Fields of the immediate `params`, at most sixteen. */
+  readonly params: Readonly<Record<string, "u32" | "f32">>;
+  header(v: V): ShaderHeader;
+  /** Bytes of workgroup memory the variant declares. */
+  workgroupBytes(v: V): number;
+  /** Invocations of one workgroup. */
+  workgroupInvocations(v: V): number;
+  values(v: V, p: P): Readonly<Record<string, number>>;
+  grid(v: V, p: P): Grid;
+}
+
+/**
+ * Says whether a variant runs on a device, or why not, in words for `info` and `-v`.
+ * Workgroup memory is checked here because over-committing it loses the device on some drivers instead of failing.
+ */
+export function supports<V, P>(kernel: Kernel<V, P>, v: V, caps: Capabilities): true | string {
+  if (Object.values(kernel.header(v).aliases).includes("f16") && !caps.f16) {
+    return "needs the shader-f16 feature";
+  }
+  const bytes = kernel.workgroupBytes(v);
+  if (bytes > caps.workgroupBytes) {
+    return `needs ${bytes} B of workgroup memory, the device has ${caps.workgroupBytes} B`;
+  }
+  const invocations = kernel.workgroupInvocations(v);
+  if (invocations > caps.workgroupInvocations) {
+    return `needs ${invocations} invocations a workgroup, the device allows ${caps.workgroupInvocations}`;
+  }
+  return true;
+}
+
+/** The first variant that the device supports. */
+export function firstSupported<V, P>(kernel: Kernel<V, P>, variants: readonly V[], caps: Capabilities): V {
+  const reasons: string[] = [];
+  for (const v of variants) {
+    const verdict = supports(kernel, v, caps);
+    if (verdict === true) return v;
+    reasons.push(verdict);
+  }
+  throw new DeviceError(`No variant of ${kernel.name} runs on ${caps.name}: ${reasons.join("; ")}`, {
+    hint: "try `--dtype f32`, or another `--adapter`",
+  });
+}
+
+/** Renders the header: WGSL in front of the body, complete in itself and readable in a log. */
+export function renderHeader<V, P>(kernel: Kernel<V, P>, v: V): string {
+  const { aliases, consts } = kernel.header(v);
+  const lines: string[] = [];
+  if (Object.values(aliases).includes("f16")) lines.push("enable f16;");
+  lines.push("requires immediate_address_space;");
+  for (const [name, elem] of Object.entries(aliases)) lines.push(`alias ${name} = ${elem};`);
+  for (const [name, value] of Object.entries(consts)) lines.push(`const ${name} = ${value}u;`);
+  const fields = Object.entries(kernel.params).map(([name, type]) => `${name}: ${type}`);
+  lines.push(`struct Params { ${fields.join(", ")} }`, "var<immediate> params: Params;");
+  return lines.join("\n") + "\n";
+}
+
+/** A compiled variant. */
+export interface Pipeline {
+  readonly key: string;
+  readonly handle: GPUComputePipeline;
+  readonly layout: GPUBindGroupLayout;
+}
+
+/** Compiled pipelines by `name` and header, and the bind groups made for them. */
+export class PipelineCache {
+  readonly #gpu: Gpu;
+  readonly #compiling = new Map<string, Promise<Pipeline>>();
+  readonly #ready = new Map<string, Pipeline>();
+  /** Pipelines by the variant object itself: rendering the key takes longer than recording a dispatch. */
+  readonly #byVariant = new WeakMap<object, Pipeline>();
+  readonly #bindGroups = new Map<string, GPUBindGroup>();
+
+  constructor(gpu: Gpu) {
+    this.#gpu = gpu;
+  }
+
+  /** Starts compiling a variant, unless it was started before. */
+  prepare<V, P>(kernel: Kernel<V, P>, v: V): Promise<Pipeline> {
+    const key = `${kernel.name}\n${renderHeader(kernel, v)}`;
+    let compiling = this.#compiling.get(key);
+    if (!compiling) {
+      compiling = compile(this.#gpu, kernel, v, key).then((pipeline) => {
+        this.#ready.set(key, pipeline);
+        return pipeline;
+      });
+      // The caller of `prepare` may await it much later, when the weights are loaded.
+      compiling.catch(() => {});
+      this.#compiling.set(key, compiling);
+    }
+    return compiling;
+  }
+
+  /** A pipeline whose `prepare` has resolved. */
+  get<V extends object, P>(kernel: Kernel<V, P>, v: V): Pipeline {
+    const known = this.#byVariant.get(v);
+    if (known?.handle.label === kernel.name) return known;
+    const pipeline = this.#ready.get(`${kernel.name}\n${renderHeader(kernel, v)}`);
+    if (!pipeline) throw new Error(`${kernel.name} was dispatched before it was compiled`);
+    this.#byVariant.set(v, pipeline);
+    return pipeline;
+  }
+
+  /** The bind group of these buffers, in binding order; made once. */
+  bindGroup(pipeline: Pipeline, buffers: readonly { readonly id: number; readonly handle: GPUBuffer }[]) {
+    const key = `${pipeline.key}${buffers.map((b) => b.id).join(",")}`;
+    let group = this.#bindGroups.get(key);
+    if (!group) {
+      group = this.#gpu.device.createBindGroup({
+        label: pipeline.handle.label,
+        layout: pipeline.layout,
+        entries: buffers.map((buffer, binding) => ({ binding, resource: { buffer: buffer.handle } })),
+      });
+      this.#bindGroups.set(key, group);
+    }
+    return group;
+  }
+
+  /** Drops all bind groups: they keep the buffers they were made for alive. */
+  forgetBindGroups(): void {
+    this.#bindGroups.clear();
+  }
+}
+
+async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, key: string): Promise<Pipeline> {
+  const { device } = gpu;
+  const label = kernel.name;
+  const paramBytes = 4 * Object.keys(kernel.params).length;
+  if (paramBytes > IMMEDIATE_BYTES) {
+    throw new Error(`${label} has more than ${IMMEDIATE_BYTES / 4} parameters`);
+  }
+  const header = renderHeader(kernel, v);
+  device.pushErrorScope("validation");
+  const module = device.createShaderModule({
+    label,
+    code: header + kernel.sources.map((s) => s.text).join(""),
+  });
+  const scope = device.popErrorScope();
+  const layout = device.createBindGroupLayout({
+    label,
+    entries: Object.values(kernel.bindings).map((access, binding) => ({
+      binding,
+      visibility: GPUShaderStage.COMPUTE,
+      buffer: { type: access === "read" ? "read-only-storage" : "storage" },
+    })),
+  });
+  const descriptor: GPUPipelineLayoutDescriptor & { immediateSize: number } = {
+    label,
+    bindGroupLayouts: [layout],
+    immediateSize: paramBytes,
+  };
+  const pipeline = device.createComputePipelineAsync({
+    label,
+    layout: device.createPipelineLayout(descriptor),
+    compute: { module, entryPoint: "main" },
+  });
+  pipeline.catch(() => {});
+  const moduleError = await gpu.wait(scope);
+  if (moduleError) {
+    const { messages } = await gpu.wait(module.getCompilationInfo());
+    throw new ShaderError(locateMessages(kernel, header, messages) || moduleError.message, { hint: header });
+  }
+  try {
+    return { key, handle: await gpu.wait(pipeline), layout };
+  } catch (error) {
+    gpu.check();
+    throw new ShaderError(`${label} does not compile on ${gpu.caps.name}: ${String(error)}`, {
+      hint: header,
+      cause: error,
+    });
+  }
+}
+
+/** Turns positions in the joined text into positions in the `.wgsl` files. */
+function locateMessages<V, P>(
+  kernel: Kernel<V, P>,
+  header: string,
+  messages: Iterable<{ type: string; lineNum: number; linePos: number; message: string }>,
+): string {
+  const lines: string[] = [];
+  for (const { type, lineNum, linePos, message } of messages) {
+    if (type !== "error") continue;
+    let line = lineNum - header.split("\n").length + 1;
+    let file = "header";
+    if (line <= 0) line = lineNum;
+    else {
+      for (const source of kernel.sources) {
+        const length = source.text.split("\n").length - 1;
+        file = source.file;
+        if (line <= length) break;
+        line -= length;
+      }
+    }
+    lines.push(`${file}:${line}:${linePos} ${message}`);
+  }
+  return lines.join("; ");
+}

@@ -1,0 +1,112 @@
+/**
+ * Records dispatches and copies in order and submits them. Dispatches share one compute pass, in which WebGPU orders
+ * every read after the writes before it; a profiled run gives each dispatch a pass of its own, to time it.
+ */
+import type { GpuBuffer, Readback } from "./buffers.ts";
+import type { Gpu } from "./device.ts";
+import type { Kernel } from "./kernel.ts";
+import type { Profiler } from "./profiler.ts";
+
+/** A copy of a tensor taken in the middle of a pass: for tests and for looking at what a layer computes. */
+export type Tap = (name: string, buffer: GpuBuffer, recorder: Recorder) => void;
+
+export interface RecorderOptions {
+  readonly profiler?: Profiler | undefined;
+  readonly tap?: Tap | undefined;
+}
+
+export class Recorder {
+  readonly #gpu: Gpu;
+  readonly #options: RecorderOptions;
+  readonly #encoder: GPUCommandEncoder;
+  #pass: GPUComputePassEncoder | undefined;
+
+  constructor(gpu: Gpu, label: string, options: RecorderOptions = {}) {
+    this.#gpu = gpu;
+    this.#options = options;
+    this.#encoder = gpu.device.createCommandEncoder({ label });
+  }
+
+  /** Runs a prepared kernel over its grid; `buffers` are named as in the kernel's bindings. */
+  dispatch<V extends object, P>(
+    kernel: Kernel<V, P>,
+    v: V,
+    p: P,
+    buffers: Readonly<Record<string, GpuBuffer>>,
+  ): void {
+    const { pipelines, caps } = this.#gpu;
+    const grid = kernel.grid(v, p);
+    if (grid.some((n) => n > caps.workgroupsPerDimension)) {
+      throw new Error(`${kernel.name} asked for a grid of ${grid.join(" x ")} workgroups`);
+    }
+    const pipeline = pipelines.get(kernel, v);
+    const bound = Object.keys(kernel.bindings).map((name) => {
+      const buffer = buffers[name];
+      if (!buffer) throw new Error(`${kernel.name} needs a buffer for "${name}"`);
+      return buffer;
+    });
+    const pass = this.#computePass(kernel.name);
+    pass.setPipeline(pipeline.handle);
+    pass.setBindGroup(0, pipelines.bindGroup(pipeline, bound));
+    (pass as ImmediatesEncoder).setImmediates(0, packParams(kernel, kernel.values(v, p)));
+    pass.dispatchWorkgroups(...grid);
+    if (this.#options.profiler) this.#endPass();
+  }
+
+  /** Copies bytes between buffers, after the dispatches recorded so far. */
+  copy(
+    from: GpuBuffer,
+    fromOffset: number,
+    to: GpuBuffer | Readback,
+    toOffset: number,
+    byteLength: number,
+  ): void {
+    this.#endPass();
+    this.#encoder.copyBufferToBuffer(from.handle, fromOffset, to.handle, toOffset, byteLength);
+  }
+
+  /** Shows a tensor to whoever asked for it; nothing otherwise. */
+  tap(name: string, buffer: GpuBuffer): void {
+    this.#options.tap?.(name, buffer, this);
+  }
+
+  /** Hands everything recorded to the GPU. The recorder is spent. */
+  submit(): void {
+    this.#endPass();
+    this.#options.profiler?.resolve(this.#encoder);
+    this.#gpu.device.queue.submit([this.#encoder.finish()]);
+    this.#gpu.check();
+  }
+
+  #computePass(name: string): GPUComputePassEncoder {
+    const timestampWrites = this.#options.profiler?.span(name);
+    this.#pass ??= this.#encoder.beginComputePass({
+      label: name,
+      ...(timestampWrites ? { timestampWrites } : {}),
+    });
+    return this.#pass;
+  }
+
+  #endPass(): void {
+    this.#pass?.end();
+    this.#pass = undefined;
+  }
+}
+
+/** Immediates are in Dawn and in the WebGPU draft, not yet in the published types. */
+type ImmediatesEncoder = GPUComputePassEncoder & { setImmediates(offset: number, data: Uint32Array): void };
+
+const packed = new DataView(new ArrayBuffer(64));
+
+/** Lays the values out in the order of the kernel's `params`, as the generated struct reads them. */
+function packParams<V, P>(kernel: Kernel<V, P>, values: Readonly<Record<string, number>>): Uint32Array {
+  let offset = 0;
+  for (const [name, type] of Object.entries(kernel.params)) {
+    const value = values[name];
+    if (value === undefined) throw new Error(`${kernel.name} got no value for parameter "${name}"`);
+    if (type === "f32") packed.setFloat32(offset, value, true);
+    else packed.setUint32(offset, value, true);
+    offset += 4;
+  }
+  return new Uint32Array(packed.buffer, 0, offset / 4);
+}

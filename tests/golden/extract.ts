@@ -1,0 +1,80 @@
+/**
+ * Takes from a folder of full reference outputs the small parts that the tests need.
+ *
+ *   bun tests/golden/extract.ts REFERENCE_DIR
+ */
+import { readFileSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { type NamedTensor, parseSafetensors, writeSafetensors } from "../support/safetensors.ts";
+
+const SHORT_LOGIT_POSITIONS = [0, 15, 31, 47];
+const PROMPT_LOGIT_POSITIONS: Readonly<Record<number, readonly number[]>> = {
+  1024: [0, 127, 512, 1023],
+  4096: [0, 1023, 2048, 4095],
+};
+const SYNTHETIC_CASES = ["gpt2", "gpt2-medium"];
+
+const referenceDir = process.argv[2];
+if (referenceDir === undefined) {
+  console.error("usage: bun tests/golden/extract.ts REFERENCE_DIR");
+  process.exit(2);
+}
+const goldenDir = dirname(fileURLToPath(import.meta.url));
+
+copyJson("tokenizer.json", (all) => all);
+extractShort();
+extractPrompt(1024);
+extractPrompt(4096);
+copyJson("greedy.json", (all) => ({ note: all.note, cases: all.cases.map(greedyFields) }));
+copyJson("synthetic.json", (all) => ({
+  ...all,
+  cases: Object.fromEntries(SYNTHETIC_CASES.map((name) => [name, all.cases[name]])),
+}));
+
+function extractShort(): void {
+  const { metadata, tensors } = parseSafetensors(readFileSync(join(referenceDir!, "short.safetensors")));
+  const logits = rowsOf(tensors.logits!, SHORT_LOGIT_POSITIONS);
+  const reduced = { ...tensors, logits, logit_positions: int32Tensor(SHORT_LOGIT_POSITIONS) };
+  writeFileSync(join(goldenDir, "short.safetensors"), writeSafetensors(metadata, reduced));
+}
+
+function extractPrompt(tokens: number): void {
+  const name = `prompt_${tokens}.safetensors`;
+  const { metadata, tensors } = parseSafetensors(readFileSync(join(referenceDir!, name)));
+  const positions = PROMPT_LOGIT_POSITIONS[tokens]!;
+  const recorded = [...tensors.positions!.data];
+  const reduced = {
+    ...tensors,
+    logits: rowsOf(tensors.logits!, positions.map((position) => recorded.indexOf(position))),
+    positions: int32Tensor(positions),
+  };
+  writeFileSync(join(goldenDir, name), writeSafetensors(metadata, reduced));
+}
+
+function int32Tensor(values: readonly number[]): NamedTensor {
+  return { shape: [values.length], data: Int32Array.from(values) };
+}
+
+function rowsOf(matrix: NamedTensor, rows: readonly number[]): NamedTensor {
+  const [height, width] = matrix.shape as [number, number];
+  const data = new Float32Array(rows.length * width);
+  rows.forEach((row, i) => {
+    if (row < 0 || row >= height) throw new Error(`row ${row} is not among the ${height} recorded`);
+    data.set((matrix.data as Float32Array).subarray(row * width, (row + 1) * width), i * width);
+  });
+  return { shape: [rows.length, width], data };
+}
+
+// deno-lint-ignore no-explicit-any -- the reference files are trusted; golden.ts types what comes out
+type Loose = any;
+
+function greedyFields(all: Loose): Loose {
+  const { text, start_token, prompt_ids, greedy_ids, second_ids, top_logit, gap } = all;
+  return { text, start_token, prompt_ids, greedy_ids, second_ids, top_logit, gap };
+}
+
+function copyJson(name: string, reduce: (all: Loose) => Loose): void {
+  const reduced = reduce(JSON.parse(readFileSync(join(referenceDir!, name), "utf8")));
+  writeFileSync(join(goldenDir, name), JSON.stringify(reduced) + "\n");
+}

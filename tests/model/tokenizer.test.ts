@@ -1,0 +1,277 @@
+import { describe, expect, test } from "bun:test";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { createTokenizer, loadTokenizer, StreamDecoder } from "../../src/model/tokenizer.ts";
+import { LongformError, ModelError } from "../../src/runtime/errors.ts";
+import { loadTokenizerCases } from "../support/golden.ts";
+
+const modelDir = join(dirname(fileURLToPath(import.meta.url)), "../../weights/classics-16k");
+const tokenizer = await loadTokenizer(modelDir);
+const endOfText = tokenizer.tokenToId("<|endoftext|>")!;
+
+/** A seeded generator of integers below n, good enough for choosing test inputs. */
+function picker(seed: number): (n: number) => number {
+  let state = seed >>> 0;
+  return (n) => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return Math.floor(state / 2 ** 32 * n);
+  };
+}
+
+function streamed(ids: readonly number[]): string[] {
+  const decoder = new StreamDecoder(tokenizer);
+  return [...ids.map((id) => decoder.push(id)), decoder.flush()];
+}
+
+describe("encode", () => {
+  test("gives the recorded ids for all 200 reference strings", () => {
+    const cases = loadTokenizerCases();
+    expect(cases.length).toBe(200);
+    for (const { text, ids } of cases) {
+      expect({ text, ids: tokenizer.encode(text) }).toEqual({ text, ids: [...ids] });
+    }
+  });
+
+  test("takes U+0085 as white space and U+FEFF as none, like the Rust tokenizers", () => {
+    expect(tokenizer.encode("\u0085's")).toEqual([127, 228, 378]);
+    expect(tokenizer.encode("\ufeff's")).toEqual([172, 120, 124, 7, 83]);
+  });
+
+  test("takes time in proportion to the text", () => {
+    const word = "It was the best of times, it was the worst of times; 1859.\n";
+    const millisecondsFor = (characters: number) => {
+      const text = word.repeat(Math.ceil(characters / word.length));
+      const start = performance.now();
+      tokenizer.encode(text);
+      return performance.now() - start;
+    };
+    millisecondsFor(10_000);
+    const small = Math.min(...[1, 2, 3].map(() => millisecondsFor(20_000)));
+    const large = Math.min(...[1, 2, 3].map(() => millisecondsFor(320_000)));
+    expect(large / small).toBeLessThan(16 * 4); // quadratic would be 256
+  });
+
+  test("survives one word of 30,000 letters", () => {
+    const text = "abcdefghij".repeat(3000);
+    expect(tokenizer.decode(tokenizer.encode(text))).toBe(text);
+  });
+});
+
+describe("decode", () => {
+  test("gives back text that a clean-up would change", () => {
+    for (
+      const text of ["do n't .", " , ' s", "a ' b", "I 'm here !", "  two  spaces  ", "tab\t.", "x ? y ! z ,"]
+    ) {
+      expect(tokenizer.decode(tokenizer.encode(text))).toBe(text);
+    }
+  });
+
+  test("gives back NULs, CRLF, BOMs, emoji and combining marks", () => {
+    const texts = [
+      "\0",
+      "a\0\0b",
+      "a\r\nb\r\n\r\n",
+      "\ufeffstart",
+      "a\ufeff",
+      "👨‍👩‍👧‍👦 ok",
+      "🇫🇷",
+      "e\u0301\u0301",
+      "\u{10ffff}",
+      "\ufffd",
+    ];
+    for (const text of texts) expect(tokenizer.decode(tokenizer.encode(text))).toBe(text);
+  });
+
+  test("gives back random Unicode", () => {
+    const pick = picker(1);
+    const tops = [0x80, 0x300, 0x3000, 0xd800, 0x110000];
+    for (let round = 0; round < 500; round++) {
+      let text = "";
+      for (let i = pick(40); i > 0; i--) {
+        const codePoint = pick(tops[pick(tops.length)]!);
+        if (codePoint < 0xd800 || codePoint > 0xdfff) text += String.fromCodePoint(codePoint);
+      }
+      expect(tokenizer.decode(tokenizer.encode(text))).toBe(text);
+    }
+  });
+
+  test("shows a lone surrogate, which no UTF-8 can hold, as U+FFFD", () => {
+    expect(tokenizer.decode(tokenizer.encode("a\ud800b"))).toBe("a\ufffdb");
+  });
+
+  test("of no ids is the empty text", () => expect(tokenizer.decode([])).toBe(""));
+
+  test("skips ids beyond the vocabulary, as in padded checkpoints", () => {
+    const ids = tokenizer.encode("Hello");
+    expect(tokenizer.decode([...ids, tokenizer.vocabSize, 1e9, -1])).toBe("Hello");
+  });
+});
+
+describe("bytesOf", () => {
+  test("gives the raw bytes of part of a character", () => {
+    const parts = tokenizer.encode("😀").map((id) => [...tokenizer.bytesOf(id)]);
+    expect(parts.length).toBeGreaterThan(1);
+    expect(parts.flat()).toEqual([...new TextEncoder().encode("😀")]);
+  });
+
+  test("gives the text of a special token", () => {
+    expect(new TextDecoder().decode(tokenizer.bytesOf(endOfText))).toBe("<|endoftext|>");
+  });
+
+  test("covers each of the 256 bytes by a token of its own", () => {
+    const single = new Set<number>();
+    for (let id = 0; id < tokenizer.vocabSize; id++) {
+      const bytes = tokenizer.bytesOf(id);
+      if (bytes.length === 1) single.add(bytes[0]!);
+    }
+    expect(single.size).toBe(256);
+  });
+});
+
+describe("StreamDecoder", () => {
+  test("equals decode for random ids, flush included", () => {
+    const pick = picker(2);
+    for (let round = 0; round < 500; round++) {
+      const ids = Array.from({ length: pick(30) }, () => pick(pick(2) === 0 ? 300 : tokenizer.vocabSize));
+      expect(streamed(ids).join("")).toBe(tokenizer.decode(ids));
+    }
+  });
+
+  test("never shows U+FFFD for a character that lies in several tokens", () => {
+    const pick = picker(3);
+    const letters = [..."aé漢😀👍🏽ß \n"];
+    for (let round = 0; round < 200; round++) {
+      const text = Array.from({ length: 20 }, () => letters[pick(letters.length)]!).join("");
+      const pieces = streamed(tokenizer.encode(text));
+      expect(pieces.join("")).toBe(text);
+      for (const piece of pieces) {
+        expect(piece).not.toContain("\ufffd");
+        expect(piece.isWellFormed()).toBe(true);
+      }
+    }
+  });
+
+  test("shows U+FFFD for an unfinished character only when flushed, and starts afresh", () => {
+    const [first] = tokenizer.encode("😀");
+    const decoder = new StreamDecoder(tokenizer);
+    expect(decoder.push(first!)).toBe("");
+    expect(decoder.flush()).toBe("\ufffd");
+    expect(tokenizer.encode("ok").map((id) => decoder.push(id)).join("")).toBe("ok");
+  });
+
+  test("keeps a byte order mark", () => {
+    expect(streamed(tokenizer.encode("\ufeffa")).join("")).toBe("\ufeffa");
+  });
+});
+
+describe("the tokenizer files", () => {
+  const original = JSON.parse(readFileSync(join(modelDir, "tokenizer.json"), "utf8")) as Record<
+    string,
+    unknown
+  >;
+  const build = (changes: object, config?: object) =>
+    createTokenizer({ tokenizer: { ...original, ...changes }, config, source: "test" });
+
+  test("a post-processor that adds special tokens adds none here", () => {
+    const special = { SpecialToken: { id: "<|endoftext|>", type_id: 0 } };
+    const sequence = { Sequence: { id: "A", type_id: 0 } };
+    const template = {
+      type: "TemplateProcessing",
+      single: [special, sequence, special],
+      pair: [special, sequence, special],
+      special_tokens: { "<|endoftext|>": { id: "<|endoftext|>", ids: [0], tokens: ["<|endoftext|>"] } },
+    };
+    const templated = build({ post_processor: template }, { add_bos_token: true, add_eos_token: true });
+    expect(templated.encode("Hello")).toEqual(tokenizer.encode("Hello"));
+  });
+
+  test("clean_up_tokenization_spaces changes nothing", () => {
+    const cleaning = build({}, { clean_up_tokenization_spaces: true });
+    expect(cleaning.decode(cleaning.encode("do n't ."))).toBe("do n't .");
+  });
+
+  test("add_prefix_space of tokenizer_config.json overrides tokenizer.json's", () => {
+    expect(build({}, { add_prefix_space: true }).encode("a")).toEqual(tokenizer.encode(" a"));
+  });
+
+  test("merges written as strings mean the same as pairs", () => {
+    const model = original.model as { merges: [string, string][] };
+    const joined = build({ model: { ...model, merges: model.merges.map((pair) => pair.join(" ")) } });
+    const text = "It is a truth universally acknowledged";
+    expect(joined.encode(text)).toEqual(tokenizer.encode(text));
+  });
+
+  test("added tokens of tokenizer_config.json alone are tokens too", () => {
+    const extended = build({}, { added_tokens_decoder: { "8192": { content: "<|user|>", special: true } } });
+    expect(extended.encode("a<|user|>")).toEqual([...tokenizer.encode("a"), 8192]);
+    expect(extended.vocabSize).toBe(8193);
+    expect(extended.decode([8192])).toBe("<|user|>");
+  });
+
+  test("optional parts may be missing", () => {
+    const { model, pre_tokenizer } = original;
+    const bare = createTokenizer({ tokenizer: { model, pre_tokenizer }, source: "test" });
+    expect(bare.encode("Hello world")).toEqual(tokenizer.encode("Hello world"));
+  });
+
+  test("text that a vocabulary without all bytes cannot spell is an error, not lost", () => {
+    const small = build({
+      model: { type: "BPE", vocab: { a: 0, b: 1, ab: 2 }, merges: [["a", "b"]] },
+      added_tokens: [],
+    });
+    expect(small.encode("abb")).toEqual([2, 1]);
+    expect(() => small.encode("abc")).toThrow("has no tokens for some characters");
+  });
+
+  test("anything but byte-level BPE is refused with a reason and a hint", () => {
+    const metaspace = { type: "Metaspace", replacement: "▁" };
+    const refused: [string, () => unknown, string][] = [
+      ["WordPiece", () => build({ model: { type: "WordPiece", vocab: {} } }), "its model is WordPiece"],
+      ["no model", () => build({ model: null }), "it has no `model`"],
+      ["no merges", () => build({ model: { type: "BPE", vocab: {} } }), "no `vocab` and `merges`"],
+      ["Metaspace", () => build({ pre_tokenizer: metaspace }), "its pre-tokenizer is not ByteLevel"],
+      [
+        "words",
+        () => build({ model: { type: "BPE", vocab: { "▁the": 1 }, merges: [] } }),
+        "not spelled in bytes",
+      ],
+      ["ids", () => build({ model: { type: "BPE", vocab: { a: 1e12 }, merges: [] } }), "has the id"],
+      ["an array", () => createTokenizer({ tokenizer: [], source: "test" }), "it has no `model`"],
+    ];
+    for (const [name, make, reason] of refused) {
+      const error = errorOf(make);
+      expect({ name, is: error instanceof ModelError, hint: (error as LongformError).hint !== undefined })
+        .toEqual({ name, is: true, hint: true });
+      expect(String(error)).toContain(reason);
+    }
+  });
+
+  test("a missing or damaged file is a ModelError that names it", async () => {
+    const dir = mkdtempSync(join(tmpdir(), "tokenizer-"));
+    try {
+      expect(String(await rejection(loadTokenizer(dir)))).toContain(`No tokenizer.json in ${dir}`);
+      writeFileSync(join(dir, "tokenizer.json"), '{"model": ');
+      const error = await rejection(loadTokenizer(dir));
+      expect(error).toBeInstanceOf(ModelError);
+      expect(String(error)).toContain("is not valid JSON");
+      expect(String(error)).toContain(join(dir, "tokenizer.json"));
+    } finally {
+      rmSync(dir, { recursive: true });
+    }
+  });
+});
+
+function errorOf(make: () => unknown): unknown {
+  try {
+    make();
+  } catch (error) {
+    return error;
+  }
+  return undefined;
+}
+
+function rejection(promise: Promise<unknown>): Promise<unknown> {
+  return promise.then(() => undefined, (error: unknown) => error);
+}
