@@ -15,6 +15,8 @@ import {
   type WeightSource,
 } from "../model/weight_source.ts";
 import { ModelError } from "../runtime/errors.ts";
+import type { InspectOptions as InspectCommandOptions } from "./options.ts";
+import { writeJson, writeResult } from "./output.ts";
 
 export interface InspectedTensor {
   readonly name: string;
@@ -238,4 +240,12 @@ function grouped(count: number): string {
 
 function sum<T>(items: readonly T[], value: (item: T) => number): number {
   return items.reduce((total, item) => total + value(item), 0);
+}
+
+/** Runs the command. @returns 0, or 1 when something would not load */
+export async function runInspect(options: InspectCommandOptions): Promise<number> {
+  const report = await inspectModel(options.path);
+  if (options.json) writeJson(report);
+  else writeResult(formatInspect(report));
+  return report.problems.length > 0 ? 1 : 0;
 }

@@ -1,0 +1,38 @@
+/** Parse, run, turn errors into exit codes; nothing else. */
+import process from "node:process";
+import { runGenerate } from "./src/cli/generate.ts";
+import { runInfo } from "./src/cli/info.ts";
+import { runInspect } from "./src/cli/inspect.ts";
+import { type Options, parseOptions } from "./src/cli/options.ts";
+import { ClosedPipe, writeNote } from "./src/cli/output.ts";
+import { LongformError } from "./src/runtime/errors.ts";
+
+async function run(options: Options): Promise<number> {
+  switch (options.command) {
+    case "generate":
+      return await runGenerate(options);
+    case "info":
+      return await runInfo(options);
+    case "inspect":
+      return await runInspect(options);
+  }
+}
+
+async function main(args: readonly string[]): Promise<number> {
+  const isVerbose = args.some((arg) => /^(-v+|--verbose)$/.test(arg));
+  try {
+    const options = parseOptions(args);
+    return options ? await run(options) : 0;
+  } catch (error) {
+    if (error instanceof ClosedPipe) return 0;
+    const known = error instanceof LongformError;
+    writeNote(`error: ${error instanceof Error ? error.message : String(error)}`);
+    const hint = known ? error.hint : "this is a bug in longform; `-v` shows where it happened";
+    if (hint) writeNote(`\nhint: ${hint}`);
+    if (isVerbose && error instanceof Error) writeNote(`\n${error.stack}`);
+    return known ? error.exitCode : 1;
+  }
+}
+
+// Standard input may still be open and would keep the process alive.
+process.exit(await main(process.argv.slice(2)));

@@ -1,0 +1,119 @@
+/** `info`: the adapters of this machine, what they can do, and which kernels would run. */
+import process from "node:process";
+import { type Choice, explainChoices } from "../kernels/index.ts";
+import { type GPT2Config, readConfig } from "../model/config.ts";
+import { kvShape, largestContext } from "../model/memory_plan.ts";
+import { formatBytes } from "../runtime/buffers.ts";
+import { type Capabilities, listAdapters } from "../runtime/device.ts";
+import { LongformError } from "../runtime/errors.ts";
+import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
+import { type InfoOptions, VERSION } from "./options.ts";
+import { writeJson, writeNote, writeResult } from "./output.ts";
+
+/** What `--json` prints. */
+interface InfoReport {
+  readonly version: string;
+  readonly runtime: string;
+  readonly adapters: readonly Capabilities[];
+  /** The adapter that a run with the same flags takes; null when there is none. */
+  readonly chosen: Capabilities | null;
+  /** Why none was chosen, and what to do. */
+  readonly problem: { readonly message: string; readonly hint: string | null } | null;
+  readonly model: string;
+  readonly dtype: string | null;
+  /** Most tokens whose keys fit a binding, or the model's positions if that is less. */
+  readonly largest_context: number | null;
+  readonly kernels: readonly Choice[];
+}
+
+/** Runs the command. @returns 0, or 3 when there is no adapter to run on */
+export async function runInfo(options: InfoOptions): Promise<number> {
+  const model = modelFolder(options);
+  const config = await readConfig(model);
+  const report = await collect(options, model, config);
+  if (options.json) writeJson(report);
+  else {
+    writeResult(formatInfo(report));
+    if (report.problem) {
+      writeNote(`error: ${report.problem.message}`);
+      if (report.problem.hint) writeNote(`\nhint: ${report.problem.hint}`);
+    }
+  }
+  return report.chosen ? 0 : 3;
+}
+
+async function collect(options: InfoOptions, model: string, config: GPT2Config): Promise<InfoReport> {
+  const common = { version: VERSION, runtime: runtimeName(), adapters: await listAdapters(), model };
+  try {
+    const gpu = await openCommandDevice(options);
+    const { caps } = gpu;
+    gpu.destroy();
+    const elem = chooseElem(options.dtype, caps);
+    const { heads, headDim4 } = kvShape(config, elem);
+    const shape = { elem, width: config.nEmbd, heads, headDim4, unroll: !caps.isSoftware };
+    return {
+      ...common,
+      chosen: caps,
+      problem: null,
+      dtype: elem,
+      largest_context: Math.min(config.nPositions, largestContext(config, elem, caps)),
+      kernels: explainChoices(shape, caps),
+    };
+  } catch (error) {
+    if (!(error instanceof LongformError)) throw error;
+    const problem = { message: error.message, hint: error.hint ?? null };
+    return { ...common, chosen: null, problem, dtype: null, largest_context: null, kernels: [] };
+  }
+}
+
+function runtimeName(): string {
+  const { versions } = process;
+  if (versions["bun"]) return `Bun ${versions["bun"]}`;
+  if (versions["deno"]) return `Deno ${versions["deno"]}`;
+  return `Node ${versions["node"]}`;
+}
+
+function formatInfo(report: InfoReport): string {
+  const lines = [`longform ${report.version} on ${report.runtime}`, "", "adapters"];
+  report.adapters.forEach((adapter, i) => {
+    const kind = adapter.isSoftware ? "CPU" : "GPU";
+    lines.push(`  ${i}  ${adapter.name} (${kind}; ${adapter.driver})`);
+  });
+  if (report.adapters.length === 0) lines.push("  none");
+  const caps = report.chosen;
+  if (caps) {
+    const subgroups = caps.subgroupMaxSize === 0
+      ? "none"
+      : `${caps.subgroupMinSize} to ${caps.subgroupMaxSize} lanes`;
+    lines.push(
+      "",
+      `a run takes ${caps.name}`,
+      `  f16 ${yesNo(caps.f16)}, timestamps ${yesNo(caps.timestamps)}, matrix units ${
+        yesNo(caps.subgroupMatrix)
+      }, ` +
+        `subgroups ${subgroups}`,
+      `  buffers up to ${formatBytes(caps.maxBufferBytes)}, bindings up to ${
+        formatBytes(caps.maxBindingBytes)
+      }, ` +
+        `workgroup memory ${formatBytes(caps.workgroupBytes)}, ${caps.workgroupInvocations} invocations`,
+      "",
+      `kernels for ${report.model} in ${report.dtype}, context up to ${report.largest_context} tokens`,
+      formatChoices(report.kernels),
+    );
+  }
+  return lines.join("\n") + "\n";
+}
+
+function yesNo(value: boolean): string {
+  return value ? "yes" : "no";
+}
+
+/** One line a role with the variant that runs, then a line for each better one that cannot. */
+export function formatChoices(choices: readonly Choice[]): string {
+  const settings = (variant: object) =>
+    Object.entries(variant).map(([name, value]) => `${name} ${String(value)}`).join(", ");
+  return choices.flatMap(({ role, kernel, chosen, rejected }) => [
+    `  ${role.padEnd(28)} ${chosen ? `${kernel} (${settings(chosen)})` : "nothing runs here"}`,
+    ...rejected.map(({ variant, reason }) => `    not ${settings(variant)}: ${reason}`),
+  ]).join("\n");
+}

@@ -1,0 +1,396 @@
+/**
+ * argv to one frozen, typed record a command. `cac` matches commands, options and help; it never sees a value, because
+ * it would turn `--stop 007` into 7 and `--temperature -1` into a flag: values travel as placeholders and are
+ * converted here, once.
+ */
+import { type CAC, cac, type Command } from "cac";
+import { UsageError } from "../runtime/errors.ts";
+
+export const VERSION = "0.1.0";
+
+/** Options that every command takes. */
+export interface CommonOptions {
+  readonly model: string | undefined;
+  readonly dtype: "auto" | "f16" | "f32";
+  readonly adapter: string | undefined;
+  readonly fallbackAdapter: boolean;
+  readonly json: boolean;
+  readonly quiet: boolean;
+  /** How often `-v` was given. */
+  readonly verbose: number;
+}
+
+export interface GenerateOptions extends CommonOptions {
+  readonly command: "generate";
+  /** The positional prompt; `-` is standard input. */
+  readonly prompt: string | undefined;
+  readonly file: string | undefined;
+  readonly ids: string | undefined;
+  readonly context: number | undefined;
+  readonly maxTokens: number;
+  readonly temperature: number;
+  readonly topK: number;
+  readonly topP: number;
+  readonly minP: number;
+  readonly repeatPenalty: number;
+  /** Undefined asks for a random one. */
+  readonly seed: number | undefined;
+  readonly stop: readonly string[];
+  readonly ignoreEos: boolean;
+  readonly logprobs: number | undefined;
+  readonly profile: boolean;
+}
+
+export interface InfoOptions extends CommonOptions {
+  readonly command: "info";
+}
+
+export interface InspectOptions extends CommonOptions {
+  readonly command: "inspect";
+  readonly path: string;
+}
+
+export type Options = GenerateOptions | InfoOptions | InspectOptions;
+
+type Convert = (text: string, flag: string) => unknown;
+
+interface OptionSpec {
+  readonly flags: string;
+  readonly description: string;
+  /** Absent for switches. */
+  readonly convert?: Convert;
+  readonly repeatable?: boolean;
+}
+
+const text: Convert = (value) => value;
+
+function number(check: (n: number) => boolean, wanted: string): Convert {
+  return (value, flag) => {
+    const n = value.trim() === "" ? NaN : Number(value);
+    if (!check(n)) throw new UsageError(`\`${flag} ${value}\` is out of range: it must be ${wanted}`);
+    return n;
+  };
+}
+
+function integer(least: number, wanted = `a whole number from ${least}`): Convert {
+  return number((n) => Number.isSafeInteger(n) && n >= least, wanted);
+}
+
+/** Token counts may be written as `16k`. */
+const tokens: Convert = (value, flag) => {
+  const match = /^(\d+)([kK]?)$/.exec(value);
+  const n = match ? Number(match[1]) * (match[2] ? 1024 : 1) : NaN;
+  if (!Number.isSafeInteger(n) || n < 1) {
+    throw new UsageError(
+      `\`${flag} ${value}\` is out of range: it must be a whole number from 1, such as 4096 or 4k`,
+    );
+  }
+  return n;
+};
+
+function oneOf(...choices: readonly string[]): Convert {
+  return (value, flag) => {
+    if (!choices.includes(value)) {
+      throw new UsageError(`\`${flag} ${value}\` is not one of ${choices.join(", ")}`);
+    }
+    return value;
+  };
+}
+
+const COMMON: readonly OptionSpec[] = [
+  {
+    flags: "-m, --model <dir>",
+    description:
+      "Folder with config.json, tokenizer.json and model.safetensors (default: weights/classics-16k)",
+    convert: text,
+  },
+  {
+    flags: "--dtype <type>",
+    description: "Storage of weights, activations and cache: auto, f16 or f32 (default: auto)",
+    convert: oneOf("auto", "f16", "f32"),
+  },
+  {
+    flags: "--adapter <name|index>",
+    description: "The adapter to run on, as `info` lists them",
+    convert: text,
+  },
+  { flags: "--fallback-adapter", description: "Run on the CPU even where there is a GPU" },
+  { flags: "--json", description: "Print one JSON document on stdout" },
+  { flags: "-q, --quiet", description: "No progress, timings or notices on stderr" },
+  { flags: "-v, --verbose", description: "Say which device and kernels run, and show stack traces" },
+];
+
+const COMMANDS = {
+  generate: {
+    usage: "generate [prompt]",
+    description: "Continue a text",
+    positional: "prompt",
+    options: [
+      { flags: "-f, --file <path>", description: "Read the prompt from a UTF-8 file", convert: text },
+      {
+        flags: "--ids <path>",
+        description: "Read the prompt as a JSON array of token ids, - for stdin",
+        convert: text,
+      },
+      {
+        flags: "-n, --max-tokens <n>",
+        description: "Tokens to generate at most (default: 128)",
+        convert: integer(0),
+      },
+      {
+        flags: "-c, --context <n>",
+        description: "Tokens to plan memory for (default: prompt plus --max-tokens)",
+        convert: tokens,
+      },
+      {
+        flags: "--temperature <t>",
+        description: "Spread of the sampling, 0 is greedy (default: 0.8)",
+        convert: number((n) => Number.isFinite(n) && n >= 0, "a number from 0"),
+      },
+      {
+        flags: "--top-k <n>",
+        description: "Sample from the n likeliest tokens, 0 is all (default: 40)",
+        convert: integer(0),
+      },
+      {
+        flags: "--top-p <p>",
+        description: "Sample from the likeliest tokens that add up to p (default: 0.95)",
+        convert: number((n) => n > 0 && n <= 1, "above 0 and at most 1"),
+      },
+      {
+        flags: "--min-p <p>",
+        description: "Drop tokens below p times the likeliest one (default: 0)",
+        convert: number((n) => n >= 0 && n <= 1, "from 0 to 1"),
+      },
+      {
+        flags: "--repeat-penalty <x>",
+        description: "Make tokens that have occurred less likely, 1 is off (default: 1)",
+        convert: number((n) => Number.isFinite(n) && n > 0, "a number above 0"),
+      },
+      {
+        flags: "--seed <n>",
+        description: "Same seed, same text (default: random, shown with the timings)",
+        convert: number((n) => Number.isSafeInteger(n), "a whole number"),
+      },
+      {
+        flags: "--stop <text>",
+        description: "End before this text; may be given several times",
+        convert: (value, flag) => {
+          if (value === "") throw new UsageError(`\`${flag}\` is empty: every text would end at once`);
+          return value;
+        },
+        repeatable: true,
+      },
+      { flags: "--ignore-eos", description: "Go on after the end-of-text token" },
+      {
+        flags: "--logprobs <k>",
+        description: "With --json: log-probabilities of each token and of the k likeliest",
+        convert: integer(0),
+      },
+      { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
+    ],
+    examples: [
+      'longform generate "It was the best of times" -n 60 --seed 1',
+      "longform generate -f chapter.txt -n 200 --temperature 0 --json",
+    ],
+  },
+  info: {
+    usage: "info",
+    description: "Show adapters, features, limits and the kernels that would run",
+    positional: undefined,
+    options: [],
+    examples: ["longform info", "longform info --json --adapter 1"],
+  },
+  inspect: {
+    usage: "inspect <model>",
+    description: "Show a model folder's tensors, and what would not load",
+    positional: "model",
+    options: [],
+    examples: ["longform inspect weights/classics-16k"],
+  },
+} as const satisfies Record<
+  string,
+  {
+    usage: string;
+    description: string;
+    positional: string | undefined;
+    options: readonly OptionSpec[];
+    examples: readonly string[];
+  }
+>;
+
+type CommandName = keyof typeof COMMANDS;
+
+/** Marks a placeholder for the value at an index; no argument of a process can hold a NUL. */
+const PLACEHOLDER = "\0";
+
+/** Names of an option as they are typed: `-n`, `--max-tokens`. */
+function namesOf(spec: OptionSpec): string[] {
+  return spec.flags.replace(/<.*>/, "").split(",").map((name) => name.trim());
+}
+
+function takesValue(spec: OptionSpec): boolean {
+  return spec.convert !== undefined;
+}
+
+/** Replaces every value and positional after the command's name by a placeholder. */
+function hideValues(
+  argv: readonly string[],
+  specs: readonly OptionSpec[],
+): { argv: string[]; values: string[] } {
+  const values: string[] = [];
+  const hidden: string[] = [];
+  const hide = (value: string) => `${PLACEHOLDER}${values.push(value) - 1}`;
+  const valued = new Set(specs.filter(takesValue).flatMap(namesOf));
+  for (let i = 0; i < argv.length; i++) {
+    const arg = argv[i]!;
+    const equals = arg.indexOf("=");
+    const name = equals > 0 ? arg.slice(0, equals) : arg;
+    if (arg === "--") {
+      hidden.push(...argv.slice(i + 1).map(hide));
+      break;
+    } else if (!arg.startsWith("-") || arg === "-") {
+      hidden.push(hide(arg));
+    } else if (!valued.has(name)) {
+      hidden.push(arg);
+    } else if (equals > 0) {
+      hidden.push(name, hide(arg.slice(equals + 1)));
+    } else if (i + 1 < argv.length) {
+      hidden.push(name, hide(argv[++i]!));
+    } else {
+      throw new UsageError(`\`${arg}\` needs a value`, {
+        hint: "`longform COMMAND --help` shows what it takes",
+      });
+    }
+  }
+  return { argv: hidden, values };
+}
+
+function declare(cli: CAC, name: CommandName): Command {
+  const { usage, description, options, examples } = COMMANDS[name];
+  const command = cli.command(usage, description);
+  for (const spec of [...options, ...COMMON]) command.option(spec.flags, spec.description);
+  for (const example of examples) command.example(`  $ ${example}`);
+  return command;
+}
+
+/** Parsed options, or undefined when help or the version was asked for and has been printed. */
+export function parseOptions(args: readonly string[]): Options | undefined {
+  const cli = cac("longform");
+  cli.help((sections) => {
+    sections.splice(1, 0, { title: "Try", body: `  $ ${COMMANDS.generate.examples[0]}` });
+  });
+  cli.version(VERSION, "--version");
+  for (const name of Object.keys(COMMANDS) as CommandName[]) declare(cli, name);
+
+  // The command is the first argument that is not a flag: before it only switches such as --version make sense.
+  const at = args.findIndex((arg) => !arg.startsWith("-"));
+  const name = at < 0 ? undefined : args[at]!;
+  if (name === undefined) {
+    if (args.length === 0) cli.outputHelp();
+    else if (
+      cli.parse(["", "longform", ...args], { run: false }) && !cli.options["help"] && !cli.options["version"]
+    ) {
+      throw new UsageError(`There is no command in \`longform ${args.join(" ")}\``, { hint: commandsHint() });
+    }
+    return undefined;
+  }
+  if (!isCommand(name)) throw new UsageError(`There is no command \`${name}\``, { hint: commandsHint() });
+  const specs: readonly OptionSpec[] = [...COMMANDS[name].options, ...COMMON];
+  const { argv, values } = hideValues([...args.slice(0, at), ...args.slice(at + 1)], specs);
+  cli.parse(["", "longform", name, ...argv], { run: false });
+  if (cli.options["help"]) return undefined;
+  try {
+    cli.matchedCommand?.checkUnknownOptions();
+  } catch (error) {
+    throw new UsageError((error as Error).message, { hint: `\`longform ${name} --help\` lists the options` });
+  }
+  const shown = (placeholder: unknown) => values[Number(String(placeholder).slice(PLACEHOLDER.length))]!;
+  const positionals = cli.args.map(shown);
+  checkPositionals(name, positionals);
+  return Object.freeze(typed(name, positionals, (flag) => lookUp(cli, specs, flag, shown)));
+}
+
+function isCommand(name: string): name is CommandName {
+  return Object.hasOwn(COMMANDS, name);
+}
+
+function commandsHint(): string {
+  return `the commands are ${Object.keys(COMMANDS).join(", ")}; \`longform --help\` shows them`;
+}
+
+function checkPositionals(name: CommandName, positionals: readonly string[]): void {
+  const { positional, usage } = COMMANDS[name];
+  const most = positional === undefined ? 0 : 1;
+  if (positionals.length > most) {
+    throw new UsageError(`\`${name}\` does not take "${positionals[most]}"`, {
+      hint: most === 1
+        ? `put the ${positional} in quotes: longform ${usage}`
+        : `use it as: longform ${usage}`,
+    });
+  }
+  if (usage.includes("<") && positionals.length === 0) {
+    throw new UsageError(`\`${name}\` needs a ${positional}`, { hint: `use it as: longform ${usage}` });
+  }
+}
+
+/** The converted value of an option; all of them for a repeatable one, a count for a switch. */
+function lookUp(
+  cli: CAC,
+  specs: readonly OptionSpec[],
+  flag: string,
+  shown: (placeholder: unknown) => string,
+): unknown {
+  const spec = specs.find((s) => namesOf(s).includes(flag))!;
+  const key = flag.slice(2).replace(/-(.)/g, (_, letter: string) => letter.toUpperCase());
+  const raw = cli.options[key];
+  const given = raw === undefined ? [] : [raw].flat();
+  if (!spec.convert) return given.filter(Boolean).length;
+  const converted = given.map((placeholder) => spec.convert!(shown(placeholder), flag));
+  return spec.repeatable ? converted : converted.at(-1);
+}
+
+function typed(name: CommandName, positionals: readonly string[], get: (flag: string) => unknown): Options {
+  const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const common: CommonOptions = {
+    model: optional("--model"),
+    dtype: optional<CommonOptions["dtype"]>("--dtype") ?? "auto",
+    adapter: optional("--adapter"),
+    fallbackAdapter: get("--fallback-adapter") !== 0,
+    json: get("--json") !== 0,
+    quiet: get("--quiet") !== 0,
+    verbose: get("--verbose") as number,
+  };
+  if (name === "info") return { ...common, command: "info" };
+  if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
+  const options: GenerateOptions = {
+    ...common,
+    command: "generate",
+    prompt: positionals[0],
+    file: optional("--file"),
+    ids: optional("--ids"),
+    context: optional("--context"),
+    maxTokens: optional("--max-tokens") ?? 128,
+    temperature: optional("--temperature") ?? 0.8,
+    topK: optional("--top-k") ?? 40,
+    topP: optional("--top-p") ?? 0.95,
+    minP: optional("--min-p") ?? 0,
+    repeatPenalty: optional("--repeat-penalty") ?? 1,
+    seed: optional("--seed"),
+    stop: get("--stop") as string[],
+    ignoreEos: get("--ignore-eos") !== 0,
+    logprobs: optional("--logprobs"),
+    profile: get("--profile") !== 0,
+  };
+  const sources = [options.prompt, options.file, options.ids].filter((source) => source !== undefined);
+  if (sources.length > 1) {
+    throw new UsageError("There are several prompts: give one of a prompt, `--file` and `--ids`");
+  }
+  if (options.prompt === "") {
+    throw new UsageError("The prompt is empty", { hint: "give at least one character" });
+  }
+  if (options.logprobs !== undefined && !options.json) {
+    throw new UsageError("`--logprobs` has nowhere to go: add `--json`");
+  }
+  return options;
+}

@@ -1,0 +1,83 @@
+/** stdout carries results, stderr everything else; both are written synchronously, so nothing is lost at exit. */
+import { writeSync } from "node:fs";
+import process from "node:process";
+import type { CommonOptions } from "./options.ts";
+
+/** The reader of stdout has gone away: `| head` has seen enough. */
+export class ClosedPipe extends Error {}
+
+const retry = new Int32Array(new SharedArrayBuffer(4));
+
+function writeAll(fd: 1 | 2, text: string): void {
+  let bytes = new TextEncoder().encode(text);
+  while (bytes.length > 0) {
+    try {
+      bytes = bytes.subarray(writeSync(fd, bytes));
+    } catch (error) {
+      const code = (error as NodeJS.ErrnoException).code;
+      if (code === "EPIPE") throw new ClosedPipe("stdout was closed");
+      // A pipe that somebody made non-blocking, and that is full.
+      if (code !== "EAGAIN") throw error;
+      Atomics.wait(retry, 0, 0, 5);
+    }
+  }
+}
+
+/** Writes a result. @throws ClosedPipe when nobody reads any more */
+export function writeResult(text: string): void {
+  writeAll(1, text);
+}
+
+/** Writes one JSON document, the only thing on stdout. */
+export function writeJson(value: unknown): void {
+  writeResult(JSON.stringify(value, null, 2) + "\n");
+}
+
+/** Writes a line for the user; a closed stderr is nobody's problem. */
+export function writeNote(text: string): void {
+  try {
+    writeAll(2, text + "\n");
+  } catch (error) {
+    if (!(error instanceof ClosedPipe)) throw error;
+  }
+}
+
+/** A line on stderr that is rewritten in place while long work runs; nothing unless stderr is a terminal. */
+export class ProgressLine {
+  readonly #enabled: boolean;
+  #shown = "";
+  #lastMs = 0;
+
+  constructor(options: Pick<CommonOptions, "quiet">) {
+    this.#enabled = !options.quiet && process.stderr.isTTY === true;
+  }
+
+  /** Shows a line, at most ten times a second. */
+  show(text: string): void {
+    const now = performance.now();
+    if (!this.#enabled || now - this.#lastMs < 100) return;
+    this.#lastMs = now;
+    // Spaces over the rest of the longer line before: no control sequence is needed.
+    writeAll(2, "\r" + text.padEnd(this.#shown.length));
+    this.#shown = text;
+  }
+
+  /** Blanks the line. */
+  clear(): void {
+    if (this.#shown === "") return;
+    writeAll(2, "\r" + " ".repeat(this.#shown.length) + "\r");
+    this.#shown = "";
+  }
+}
+
+/** `1,234 tokens/s`, or fewer digits for less. */
+export function formatRate(perSecond: number | null): string {
+  if (perSecond === null) return "-";
+  return `${
+    perSecond >= 100 ? Math.round(perSecond).toLocaleString("en-US") : perSecond.toFixed(1)
+  } tokens/s`;
+}
+
+export function formatMs(ms: number): string {
+  return ms >= 1000 ? `${(ms / 1000).toFixed(2)} s` : `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+}

@@ -1,0 +1,67 @@
+/** The generation loop: logits to tokens to text, one step at a time. */
+import type { Gpt2, PrefillOptions } from "./gpt2.ts";
+import { createSampler, logSoftmaxTopK, type SamplingOptions, type TokenLogprob } from "./sampling.ts";
+import { StopMatcher } from "./stop_matcher.ts";
+import { StreamDecoder } from "./tokenizer.ts";
+
+export type FinishReason = "length" | "eos" | "stop" | "interrupt";
+
+export interface GenerationOptions {
+  readonly maxTokens: number;
+  readonly sampling: SamplingOptions;
+  /** Texts that end the generation; they are not part of it. */
+  readonly stop: readonly string[];
+  /** Tokens that end it; empty to go on after them. */
+  readonly eosIds: readonly number[];
+  /** Also report the log-probability of each token and of this many likeliest ones. */
+  readonly logprobs?: number | undefined;
+  /** Asked before each step; true ends the generation. */
+  readonly isInterrupted?: () => boolean;
+  readonly onPrefillProgress?: PrefillOptions["onProgress"];
+}
+
+export interface GeneratedToken {
+  readonly id: number;
+  /** The text that this token completes: empty while a character or a possible stop text is unfinished. */
+  readonly text: string;
+  readonly logprob?: number;
+  readonly top?: readonly TokenLogprob[];
+}
+
+/**
+ * Generates behind a prompt. The last item may carry text without being the last token's alone: what was held back.
+ * @param bytesOf bytes of a token, or undefined to generate ids without text
+ */
+export async function* generate(
+  model: Gpt2,
+  prompt: readonly number[],
+  bytesOf: ((id: number) => Uint8Array) | undefined,
+  options: GenerationOptions,
+): AsyncGenerator<GeneratedToken, { finishReason: FinishReason; heldBack: string }> {
+  const { maxTokens, sampling, eosIds, logprobs } = options;
+  const sampler = createSampler(sampling);
+  const decoder = bytesOf && new StreamDecoder({ bytesOf });
+  const stops = new StopMatcher(options.stop);
+  const seen = [...prompt];
+  let logits = await model.prefill(
+    prompt,
+    options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {},
+  );
+  const finish = (finishReason: FinishReason) => {
+    const tail = stops.push(decoder?.flush() ?? "");
+    return { finishReason, heldBack: tail.emit + (tail.stopped ? "" : stops.flush()) };
+  };
+
+  for (let step = 0; step < maxTokens; step++) {
+    if (options.isInterrupted?.()) return finish("interrupt");
+    const id = sampler.next(logits, seen);
+    if (eosIds.includes(id)) return finish("eos");
+    seen.push(id);
+    const { emit, stopped } = stops.push(decoder?.push(id) ?? "");
+    yield { id, text: emit, ...(logprobs === undefined ? {} : logSoftmaxTopK(logits, logprobs, id)) };
+    if (stopped) return { finishReason: "stop", heldBack: "" };
+    if (model.length === model.context) break;
+    if (step + 1 < maxTokens) logits = await model.decodeStep(id);
+  }
+  return finish("length");
+}
