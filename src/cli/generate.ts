@@ -8,7 +8,7 @@ import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
 import type { TokenLogprob } from "../model/sampling.ts";
 import { explainChoices } from "../kernels/index.ts";
 import { kvBytesPerToken } from "../kvcache/cache.ts";
-import { kvShape } from "../model/memory_plan.ts";
+import { kernelShape, kvShape } from "../model/memory_plan.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError, LongformError, UsageError } from "../runtime/errors.ts";
@@ -95,13 +95,9 @@ export async function runGenerate(options: GenerateOptions): Promise<number> {
 
   async function withModel(gpu: Gpu): Promise<number> {
     const elem = chooseElem(options.dtype, gpu.caps);
-    const { headDim4, heads } = kvShape(config, elem);
     if (options.verbose > 0) {
       writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
-      const unroll = !gpu.caps.isSoftware;
-      writeNote(
-        formatChoices(explainChoices({ elem, width: config.nEmbd, heads, headDim4, unroll }, gpu.caps)),
-      );
+      writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps)));
     }
     const profiler = options.profile ? openProfiler(gpu) : undefined;
     const progress = new ProgressLine(options);

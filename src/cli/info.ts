@@ -2,10 +2,11 @@
 import process from "node:process";
 import { type Choice, explainChoices } from "../kernels/index.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
-import { kvShape, largestContext } from "../model/memory_plan.ts";
+import { kernelShape, largestContext } from "../model/memory_plan.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import { type Capabilities, listAdapters } from "../runtime/device.ts";
 import { LongformError } from "../runtime/errors.ts";
+import { describeSubgroups } from "../runtime/kernel.ts";
 import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
 import { type InfoOptions, VERSION } from "./options.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
@@ -49,15 +50,13 @@ async function collect(options: InfoOptions, model: string, config: GPT2Config):
     const { caps } = gpu;
     gpu.destroy();
     const elem = chooseElem(options.dtype, caps);
-    const { heads, headDim4 } = kvShape(config, elem);
-    const shape = { elem, width: config.nEmbd, heads, headDim4, unroll: !caps.isSoftware };
     return {
       ...common,
       chosen: caps,
       problem: null,
       dtype: elem,
       largest_context: Math.min(config.nPositions, largestContext(config, elem, caps)),
-      kernels: explainChoices(shape, caps),
+      kernels: explainChoices(kernelShape(config, elem, caps), caps),
     };
   } catch (error) {
     if (!(error instanceof LongformError)) throw error;
@@ -82,16 +81,13 @@ function formatInfo(report: InfoReport): string {
   if (report.adapters.length === 0) lines.push("  none");
   const caps = report.chosen;
   if (caps) {
-    const subgroups = caps.subgroupMaxSize === 0
-      ? "none"
-      : `${caps.subgroupMinSize} to ${caps.subgroupMaxSize} lanes`;
     lines.push(
       "",
       `a run takes ${caps.name}`,
       `  f16 ${yesNo(caps.f16)}, timestamps ${yesNo(caps.timestamps)}, matrix units ${
         yesNo(caps.subgroupMatrix)
       }, ` +
-        `subgroups ${subgroups}`,
+        `subgroups ${describeSubgroups(caps)}`,
       `  buffers up to ${formatBytes(caps.maxBufferBytes)}, bindings up to ${
         formatBytes(caps.maxBindingBytes)
       }, ` +
@@ -110,10 +106,12 @@ function yesNo(value: boolean): string {
 
 /** One line a role with the variant that runs, then a line for each better one that cannot. */
 export function formatChoices(choices: readonly Choice[]): string {
-  const settings = (variant: object) =>
-    Object.entries(variant).map(([name, value]) => `${name} ${String(value)}`).join(", ");
-  return choices.flatMap(({ role, kernel, chosen, rejected }) => [
-    `  ${role.padEnd(28)} ${chosen ? `${kernel} (${settings(chosen)})` : "nothing runs here"}`,
-    ...rejected.map(({ variant, reason }) => `    not ${settings(variant)}: ${reason}`),
+  const show = ({ kernel, variant }: { kernel: string; variant: object }) => {
+    const settings = Object.entries(variant).map(([name, value]) => `${name} ${String(value)}`);
+    return `${kernel} (${settings.join(", ")})`;
+  };
+  return choices.flatMap(({ role, chosen, rejected }) => [
+    `  ${role.padEnd(20)} ${chosen ? show(chosen) : "nothing runs here"}`,
+    ...rejected.map((candidate) => `    not ${show(candidate)}: ${candidate.reason}`),
   ]).join("\n");
 }

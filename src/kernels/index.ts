@@ -4,33 +4,29 @@
  */
 import type { GpuBuffer } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
-import { type Elem, firstSupported, type Kernel, supports } from "../runtime/kernel.ts";
+import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
 import type { Recorder } from "../runtime/pass.ts";
-import { embedding, type EmbeddingVariant, type RowRange } from "./embedding/embedding.ts";
-import {
-  type FlashAttentionVariant,
-  flashAttentionVariants,
-  tiledAttention,
-} from "./flash_attention/flash_attention.ts";
+import { embedding, type EmbeddingProblem, type RowRange } from "./embedding/embedding.ts";
+import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
 import {
   combineSplits,
+  type FlashDecodeProblem,
   type FlashDecodeVariant,
   flashDecodeVariants,
   splitCount,
   splitKvAttention,
 } from "./flash_decode/flash_decode.ts";
-import { kvAppend, type KvAppendVariant } from "./kv_append/kv_append.ts";
-import { layerNorm, type LayerNormVariant } from "./layer_norm/layer_norm.ts";
-import { lmHead, type LmHeadVariant, lmHeadVariant } from "./lm_head/lm_head.ts";
+import { kvAppend, type KvAppendProblem } from "./kv_append/kv_append.ts";
+import { layerNorm, type LayerNormProblem } from "./layer_norm/layer_norm.ts";
+import { type LmHeadProblem, manyRowsCandidates, oneRowCandidates } from "./lm_head/lm_head.ts";
 import {
   type Epilogue,
   EPILOGUES,
   gemv,
-  type GemvVariant,
   gemvVariants,
-  tiledMatmul,
-  type TiledVariant,
-  tiledVariants,
+  matmulCandidates,
+  type MatmulProblem,
+  smallMatmulCandidates,
 } from "./matmul/matmul.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
@@ -43,67 +39,80 @@ export interface KernelShape {
   readonly unroll: boolean;
 }
 
-/** A kernel with all its variants for a shape, in order of preference. */
-export interface Candidates {
-  readonly role: string;
-  // Kernels of different variants stand in one list here; each is only ever paired with its own variants.
-  // deno-lint-ignore no-explicit-any
-  readonly kernel: Kernel<any, any>;
-  readonly variants: readonly object[];
+type Role = keyof RoleProblems;
+
+/** What the graph asks for, and the problem each role is given. */
+interface RoleProblems {
+  readonly embedding: EmbeddingProblem;
+  readonly layerNorm: LayerNormProblem;
+  readonly finalNorm: LayerNormProblem;
+  readonly matmulBias: MatmulProblem;
+  readonly matmulBiasGelu: MatmulProblem;
+  readonly matmulResidual: MatmulProblem;
+  readonly smallMatmulBias: MatmulProblem;
+  readonly smallMatmulBiasGelu: MatmulProblem;
+  readonly smallMatmulResidual: MatmulProblem;
+  readonly gemvBias: MatmulProblem;
+  readonly gemvBiasGelu: MatmulProblem;
+  readonly gemvResidual: MatmulProblem;
+  readonly kvAppend: KvAppendProblem;
+  readonly attention: FlashAttentionProblem;
+  readonly decode: FlashDecodeProblem;
+  readonly combine: FlashDecodeProblem;
+  readonly lmHeadOne: LmHeadProblem;
+  readonly lmHeadMany: LmHeadProblem;
 }
 
-/** Every variant that a model of this shape may use. */
-export function candidates(shape: KernelShape): Candidates[] {
+/** For every role the kernels with their variants that could fill it, in order of preference. */
+export function candidates(shape: KernelShape): { readonly [R in Role]: readonly Op<RoleProblems[R]>[] } {
   const { elem, width, heads, headDim4, unroll } = shape;
   const width4 = Math.ceil(width / 4);
-  const matmuls = (Object.keys(EPILOGUES) as Epilogue[]).flatMap((epilogue) => [
-    { role: `matmul, ${epilogue}`, kernel: tiledMatmul, variants: tiledVariants(elem, epilogue, unroll) },
-    { role: `matmul of one row, ${epilogue}`, kernel: gemv, variants: gemvVariants(elem, epilogue, unroll) },
-  ]);
-  return [
-    { role: "embedding", kernel: embedding, variants: [{ elem, width4 }] },
-    { role: "layer norm", kernel: layerNorm, variants: [{ outElem: elem, width }] },
-    { role: "final layer norm", kernel: layerNorm, variants: [{ outElem: "f32", width }] },
-    ...matmuls,
-    { role: "KV append", kernel: kvAppend, variants: [{ elem, heads, headDim4 }] },
-    {
-      role: "attention, prefill",
-      kernel: tiledAttention,
-      variants: flashAttentionVariants(elem, heads, headDim4, unroll),
-    },
-    {
-      role: "attention, decode",
-      kernel: splitKvAttention,
-      variants: flashDecodeVariants(elem, heads, headDim4, unroll),
-    },
-    {
-      role: "attention, merge",
-      kernel: combineSplits,
-      variants: flashDecodeVariants(elem, heads, headDim4, unroll),
-    },
-    { role: "output head, one row", kernel: lmHead, variants: [lmHeadVariant(elem, 1)] },
-    { role: "output head, many rows", kernel: lmHead, variants: [lmHeadVariant(elem, 2)] },
-  ];
+  const gemvs = (epilogue: Epilogue) => gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v));
+  const decodes = flashDecodeVariants(elem, heads, headDim4, unroll);
+  return {
+    embedding: [op(embedding, { elem, width4 })],
+    layerNorm: [op(layerNorm, { outElem: elem, width })],
+    finalNorm: [op(layerNorm, { outElem: "f32", width })],
+    matmulBias: matmulCandidates(elem, "bias", unroll),
+    matmulBiasGelu: matmulCandidates(elem, "bias_gelu", unroll),
+    matmulResidual: matmulCandidates(elem, "residual", unroll),
+    smallMatmulBias: smallMatmulCandidates(elem, "bias", unroll),
+    smallMatmulBiasGelu: smallMatmulCandidates(elem, "bias_gelu", unroll),
+    smallMatmulResidual: smallMatmulCandidates(elem, "residual", unroll),
+    gemvBias: gemvs("bias"),
+    gemvBiasGelu: gemvs("bias_gelu"),
+    gemvResidual: gemvs("residual"),
+    kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
+    attention: attentionCandidates(elem, heads, headDim4, unroll),
+    decode: decodes.map((v) => op(splitKvAttention, v)),
+    // The same slices as `decode`'s: candidates of the two pair up by their place in the lists.
+    combine: decodes.map((v) => op(combineSplits, { ...v })),
+    lmHeadOne: oneRowCandidates(elem),
+    lmHeadMany: manyRowsCandidates(elem, unroll),
+  };
 }
 
 /** For `info` and `-v`: what would run on a device, and why better candidates would not. */
 export interface Choice {
   readonly role: string;
-  readonly kernel: string;
-  /** Undefined when no variant runs there. */
-  readonly chosen: object | undefined;
-  readonly rejected: readonly { readonly variant: object; readonly reason: string }[];
+  /** Undefined when nothing runs there. */
+  readonly chosen: { readonly kernel: string; readonly variant: object } | undefined;
+  readonly rejected: readonly {
+    readonly kernel: string;
+    readonly variant: object;
+    readonly reason: string;
+  }[];
 }
 
 export function explainChoices(shape: KernelShape, caps: Capabilities): Choice[] {
-  return candidates(shape).map(({ role, kernel, variants }) => {
-    const rejected: { variant: object; reason: string }[] = [];
-    for (const variant of variants) {
+  return Object.entries(candidates(shape)).map(([role, ops]: [string, readonly Op<never>[]]) => {
+    const rejected: { kernel: string; variant: object; reason: string }[] = [];
+    for (const { kernel, variant } of ops) {
       const verdict = supports(kernel, variant, caps);
-      if (verdict === true) return { role, kernel: kernel.name, chosen: variant, rejected };
-      rejected.push({ variant, reason: verdict });
+      if (verdict === true) return { role, chosen: { kernel: kernel.name, variant }, rejected };
+      rejected.push({ kernel: kernel.name, variant, reason: verdict });
     }
-    return { role, kernel: kernel.name, chosen: undefined, rejected };
+    return { role, chosen: undefined, rejected };
   });
 }
 
@@ -137,59 +146,38 @@ export interface Norm {
 /** Rows up to which the small tile wastes less of a workgroup than the large one gains. */
 const SMALL_TILE_ROWS = 32;
 
+/** Role of a matmul by how many rows it has. */
+const MATMUL_ROLES = {
+  bias: { large: "matmulBias", small: "smallMatmulBias", one: "gemvBias" },
+  bias_gelu: { large: "matmulBiasGelu", small: "smallMatmulBiasGelu", one: "gemvBiasGelu" },
+  residual: { large: "matmulResidual", small: "smallMatmulResidual", one: "gemvResidual" },
+} as const satisfies Record<keyof typeof EPILOGUES, Record<string, Role>>;
+
 /** The kernels of one model on one device: chosen and compiled when made, then called by the graph. */
 export class ModelKernels {
   readonly #shape: KernelShape;
-  readonly #embedding: EmbeddingVariant;
-  readonly #norm: LayerNormVariant;
-  readonly #finalNorm: LayerNormVariant;
-  readonly #tiled: Record<Epilogue, { large: TiledVariant; small: TiledVariant }>;
-  readonly #gemv: Record<Epilogue, GemvVariant>;
-  readonly #kvAppend: KvAppendVariant;
-  readonly #attention: FlashAttentionVariant;
-  readonly #decode: FlashDecodeVariant;
-  readonly #combine: FlashDecodeVariant;
-  readonly #lmHeadOne: LmHeadVariant;
-  readonly #lmHeadMany: LmHeadVariant;
+  readonly #chosen: { readonly [R in Role]: Op<RoleProblems[R]> };
   /** Resolves when every pipeline is compiled. */
   readonly compiled: Promise<void>;
 
-  /** Starts compiling all the pipelines at once; weights can load meanwhile. */
+  /**
+   * Starts compiling all the pipelines at once; weights can load meanwhile.
+   * @throws DeviceError when the device can run none of the candidates for a role
+   */
   constructor(gpu: Gpu, shape: KernelShape) {
-    const { elem, width, heads, headDim4, unroll } = shape;
-    const compiling: Promise<unknown>[] = [];
-    const use = <V, P>(kernel: Kernel<V, P>, variants: readonly V[]): V => {
-      const v = firstSupported(kernel, variants, gpu.caps);
-      compiling.push(gpu.pipelines.prepare(kernel, v));
-      return v;
-    };
-    const byEpilogue = <T>(make: (epilogue: Epilogue) => T): Record<Epilogue, T> => ({
-      bias: make("bias"),
-      bias_gelu: make("bias_gelu"),
-      residual: make("residual"),
-    });
+    const chosen = Object.entries(candidates(shape)).map(([role, ops]: [string, readonly Op<never>[]]) =>
+      [role, firstSupported(ops, gpu.caps)] as const
+    );
     this.#shape = shape;
-    this.#embedding = use(embedding, [{ elem, width4: Math.ceil(width / 4) }]);
-    this.#norm = use(layerNorm, [{ outElem: elem, width }]);
-    this.#finalNorm = use(layerNorm, [{ outElem: "f32", width }]);
-    this.#tiled = byEpilogue((epilogue) => {
-      const variants = tiledVariants(elem, epilogue, unroll);
-      return { large: use(tiledMatmul, variants), small: use(tiledMatmul, variants.slice(-1)) };
-    });
-    this.#gemv = byEpilogue((epilogue) => use(gemv, gemvVariants(elem, epilogue, unroll)));
-    this.#kvAppend = use(kvAppend, [{ elem, heads, headDim4 }]);
-    this.#attention = use(tiledAttention, flashAttentionVariants(elem, heads, headDim4, unroll));
-    this.#decode = use(splitKvAttention, flashDecodeVariants(elem, heads, headDim4, unroll));
-    this.#combine = use(combineSplits, [{ ...this.#decode }]);
-    this.#lmHeadOne = use(lmHead, [lmHeadVariant(elem, 1)]);
-    this.#lmHeadMany = use(lmHead, [lmHeadVariant(elem, 2)]);
+    this.#chosen = Object.fromEntries(chosen) as unknown as { [R in Role]: Op<RoleProblems[R]> };
+    const compiling = chosen.map(([, { kernel, variant }]) => gpu.pipelines.prepare(kernel, variant));
     this.compiled = Promise.all(compiling).then(() => undefined);
     this.compiled.catch(() => {});
   }
 
   /** Slices that decoding cuts `kvLen` keys into: the size of its scratch buffers. */
   decodeSplits(kvLen: number): number {
-    return splitCount(this.#decode, kvLen);
+    return splitCount(this.#chosen.decode.variant as FlashDecodeVariant, kvLen);
   }
 
   /** `x[tokens, width] = wte[ids] + wpe[firstPosition…]` */
@@ -204,7 +192,7 @@ export class ModelKernels {
     for (const tokenRows of wte) {
       for (const positionRows of wpe) {
         const problem = { ...p, wte: tokenRows, wpe: positionRows };
-        r.dispatch(embedding, this.#embedding, problem, {
+        this.#run(r, "embedding", problem, {
           ids,
           wte: tokenRows.buffer,
           wpe: positionRows.buffer,
@@ -217,13 +205,13 @@ export class ModelKernels {
   /** `out[rows, width]`, as wide as the stored elements. */
   layerNorm(r: Recorder, x: GpuBuffer, norm: Norm, out: GpuBuffer, rows: number): void {
     const { gain, shift, epsilon } = norm;
-    r.dispatch(layerNorm, this.#norm, { rows, firstRow: 0, epsilon }, { x, gain, shift, out });
+    this.#run(r, "layerNorm", { rows, firstRow: 0, epsilon }, { x, gain, shift, out });
   }
 
   /** The same in f32, from row `firstRow` on: what the output head reads. */
   finalNorm(r: Recorder, x: GpuBuffer, norm: Norm, out: GpuBuffer, firstRow: number, rows: number): void {
     const { gain, shift, epsilon } = norm;
-    r.dispatch(layerNorm, this.#finalNorm, { rows, firstRow, epsilon }, { x, gain, shift, out });
+    this.#run(r, "finalNorm", { rows, firstRow, epsilon }, { x, gain, shift, out });
   }
 
   /** `out[rows, columns] = epilogue(x · w + bias)` */
@@ -231,17 +219,13 @@ export class ModelKernels {
     const { w, bias, inner, columns } = layer;
     const buffers = { x, w, bias, out };
     const problem = { rows, inner, columns };
-    if (rows === 1) {
-      r.dispatch(gemv, this.#gemv[epilogue], problem, buffers);
-    } else {
-      const { large, small } = this.#tiled[epilogue];
-      r.dispatch(tiledMatmul, rows <= SMALL_TILE_ROWS ? small : large, problem, buffers);
-    }
+    const { large, small, one } = MATMUL_ROLES[epilogue];
+    this.#run(r, rows === 1 ? one : rows <= SMALL_TILE_ROWS ? small : large, problem, buffers);
   }
 
   /** Appends the keys and values in `qkv[tokens, 3, heads, headDim]` to the cache. */
   appendKv(r: Recorder, qkv: GpuBuffer, kv: KvView, p: { tokens: number; firstPosition: number }): void {
-    r.dispatch(kvAppend, this.#kvAppend, { ...p, capacity: kv.capacity }, { qkv, k: kv.k, v: kv.v });
+    this.#run(r, "kvAppend", { ...p, capacity: kv.capacity }, { qkv, k: kv.k, v: kv.v });
   }
 
   /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own. */
@@ -253,7 +237,7 @@ export class ModelKernels {
     p: { qLen: number; firstPosition: number; scale: number },
   ): void {
     const problem = { ...p, capacity: kv.capacity };
-    r.dispatch(tiledAttention, this.#attention, problem, { qkv, k: kv.k, v: kv.v, out });
+    this.#run(r, "attention", problem, { qkv, k: kv.k, v: kv.v, out });
   }
 
   /** Attention of one query over `kvLen` keys, split over the device and merged. */
@@ -267,8 +251,8 @@ export class ModelKernels {
   ): void {
     const problem = { ...p, capacity: kv.capacity };
     const partial = { partial_out: scratch.partialOut, partial_ml: scratch.partialMl };
-    r.dispatch(splitKvAttention, this.#decode, problem, { qkv, k: kv.k, v: kv.v, ...partial });
-    r.dispatch(combineSplits, this.#combine, problem, { ...partial, out });
+    this.#run(r, "decode", problem, { qkv, k: kv.k, v: kv.v, ...partial });
+    this.#run(r, "combine", problem, { ...partial, out });
   }
 
   /** `logits[rows, vocab] = x[rows, width] · headᵀ` */
@@ -280,9 +264,22 @@ export class ModelKernels {
     p: { rows: number; vocab: number },
   ): void {
     const inner = 4 * Math.ceil(this.#shape.width / 4);
-    const variant = p.rows === 1 ? this.#lmHeadOne : this.#lmHeadMany;
     for (const piece of head) {
-      r.dispatch(lmHead, variant, { ...p, inner, piece }, { x, w: piece.buffer, logits });
+      this.#run(r, p.rows === 1 ? "lmHeadOne" : "lmHeadMany", { ...p, inner, piece }, {
+        x,
+        w: piece.buffer,
+        logits,
+      });
     }
+  }
+
+  #run<R extends Role>(
+    r: Recorder,
+    role: R,
+    problem: RoleProblems[R],
+    buffers: Readonly<Record<string, GpuBuffer>>,
+  ): void {
+    const { kernel, variant } = this.#chosen[role];
+    r.dispatch(kernel, variant, problem, buffers);
   }
 }

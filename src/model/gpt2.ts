@@ -12,7 +12,7 @@ import { Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
-import { checkContextFits, kvShape, paddedSizes } from "./memory_plan.ts";
+import { checkContextFits, kernelShape, kvShape, paddedSizes } from "./memory_plan.ts";
 import type { WeightSource } from "./weight_source.ts";
 import { type Gpt2Weights, type LoadProgress, loadWeights } from "./weights.ts";
 
@@ -92,14 +92,7 @@ export class Gpt2 {
     const { elem, context, onLoad } = options;
     checkContextFits(config, context, elem, gpu.caps);
     const checkpoint = resolveCheckpoint(source, config);
-    const { headDim4, heads } = kvShape(config, elem);
-    const kernels = new ModelKernels(gpu, {
-      elem,
-      width: config.nEmbd,
-      heads,
-      headDim4,
-      unroll: !gpu.caps.isSoftware,
-    });
+    const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps));
     const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
     await kernels.compiled;
     return new Gpt2(gpu, config, kernels, weights, options);

@@ -1,4 +1,5 @@
 /** Bytes a model needs on the device, from its config alone: asked before anything is allocated. */
+import type { KernelShape } from "../kernels/index.ts";
 import { kvBytesPerToken, type KvCacheShape } from "../kvcache/cache.ts";
 import type { Capabilities } from "../runtime/device.ts";
 import { formatBytes } from "../runtime/buffers.ts";
@@ -36,6 +37,12 @@ export function kvShape(config: GPT2Config, elem: Elem): KvCacheShape {
     headDim4: paddedSizes(config).headDim / 4,
     elem,
   };
+}
+
+/** What the kernels need to know of a model on a device. */
+export function kernelShape(config: GPT2Config, elem: Elem, caps: Capabilities): KernelShape {
+  const { heads, headDim4 } = kvShape(config, elem);
+  return { elem, width: config.nEmbd, heads, headDim4, unroll: !caps.isSoftware };
 }
 
 /**

@@ -133,6 +133,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
   const features: GPUFeatureName[] = [];
   if (caps.f16) features.push("shader-f16");
   if (caps.timestamps) features.push("timestamp-query");
+  if (caps.subgroupMaxSize > 0) features.push("subgroups");
   const device = await adapter.requestDevice({
     label: "longform",
     requiredFeatures: features,
@@ -227,8 +228,8 @@ function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {
     isSoftware: info.isFallbackAdapter,
     f16: features.has("shader-f16"),
     timestamps: features.has("timestamp-query"),
-    subgroupMinSize: info.subgroupMinSize ?? 0,
-    subgroupMaxSize: info.subgroupMaxSize ?? 0,
+    subgroupMinSize: features.has("subgroups") ? info.subgroupMinSize ?? 0 : 0,
+    subgroupMaxSize: features.has("subgroups") ? info.subgroupMaxSize ?? 0 : 0,
     subgroupMatrix: features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName),
     maxBufferBytes: limits.maxBufferSize,
     maxBindingBytes: limits.maxStorageBufferBindingSize,

@@ -19,14 +19,15 @@ const VENDORS: Readonly<Record<string, { maker: string; advice: string }>> = {
 /** Makers' PCI numbers of the GPUs that the kernel shows, whether or not Vulkan does. */
 function hostVendors(): string[] {
   const found = new Set<string>();
-  if (existsSync("/proc/driver/nvidia/gpus") || existsSync("/dev/nvidia0")) found.add("0x10de");
   try {
+    if (existsSync("/proc/driver/nvidia/gpus") || existsSync("/dev/nvidia0")) found.add("0x10de");
     for (const card of readdirSync("/sys/class/drm")) {
       const file = `/sys/class/drm/${card}/device/vendor`;
       if (/^renderD\d+$/.test(card) && existsSync(file)) found.add(readFileSync(file, "utf8").trim());
     }
   } catch {
-    // No /sys/class/drm: not Linux, or a container without it; then there is nothing to name.
+    // No /sys/class/drm: not Linux, or a container without it. Or Deno, which shows /proc, /dev and /sys only to programs
+    // that may do anything. Then there is nothing to name.
   }
   return [...found];
 }

@@ -24,6 +24,8 @@ export interface ShaderFile {
 export interface ShaderHeader {
   /** Storage types by the alias the body uses: `alias elem = f16;`. */
   readonly aliases: Readonly<Record<string, Elem>>;
+  /** Lanes of a subgroup where the body uses subgroup operations; the device's must be exactly that many. */
+  readonly subgroup?: number;
   /** Unsigned compile-time constants: `const TILE_Q = 64u;`. */
   readonly consts: Readonly<Record<string, number>>;
 }
@@ -59,6 +61,10 @@ export function supports<V, P>(kernel: Kernel<V, P>, v: V, caps: Capabilities): 
   if (Object.values(kernel.header(v).aliases).includes("f16") && !caps.f16) {
     return "needs the shader-f16 feature";
   }
+  const lanes = kernel.header(v).subgroup;
+  if (lanes !== undefined && (caps.subgroupMinSize !== lanes || caps.subgroupMaxSize !== lanes)) {
+    return `needs subgroups of ${lanes} lanes, the device has ${describeSubgroups(caps)}`;
+  }
   const bytes = kernel.workgroupBytes(v);
   if (bytes > caps.workgroupBytes) {
     return `needs ${bytes} B of workgroup memory, the device has ${caps.workgroupBytes} B`;
@@ -70,25 +76,48 @@ export function supports<V, P>(kernel: Kernel<V, P>, v: V, caps: Capabilities): 
   return true;
 }
 
-/** The first variant that the device supports. */
-export function firstSupported<V, P>(kernel: Kernel<V, P>, variants: readonly V[], caps: Capabilities): V {
+/** `none`, `32 lanes`, `8 to 32 lanes`. */
+export function describeSubgroups(caps: Capabilities): string {
+  const { subgroupMinSize, subgroupMaxSize } = caps;
+  if (subgroupMaxSize === 0) return "none";
+  return subgroupMinSize === subgroupMaxSize
+    ? `${subgroupMaxSize} lanes`
+    : `${subgroupMinSize} to ${subgroupMaxSize} lanes`;
+}
+
+/** A kernel with one of its variants: what a dispatch runs. The variant's type is the kernel's business. */
+export interface Op<P> {
+  // deno-lint-ignore no-explicit-any
+  readonly kernel: Kernel<any, P>;
+  readonly variant: object;
+}
+
+/** Pairs kernel and variant, checked to belong together. */
+export function op<V extends object, P>(kernel: Kernel<V, P>, variant: V): Op<P> {
+  return { kernel, variant };
+}
+
+/** The first candidate that the device supports. */
+export function firstSupported<P>(candidates: readonly Op<P>[], caps: Capabilities): Op<P> {
   const reasons: string[] = [];
-  for (const v of variants) {
-    const verdict = supports(kernel, v, caps);
-    if (verdict === true) return v;
-    reasons.push(verdict);
+  for (const candidate of candidates) {
+    const verdict = supports(candidate.kernel, candidate.variant, caps);
+    if (verdict === true) return candidate;
+    reasons.push(`${candidate.kernel.name} ${verdict}`);
   }
-  throw new DeviceError(`No variant of ${kernel.name} runs on ${caps.name}: ${reasons.join("; ")}`, {
+  throw new DeviceError(`No kernel for this model runs on ${caps.name}: ${reasons.join("; ")}`, {
     hint: "try `--dtype f32`, or another `--adapter`",
   });
 }
 
 /** Renders the header: WGSL in front of the body, complete in itself and readable in a log. */
 export function renderHeader<V, P>(kernel: Kernel<V, P>, v: V): string {
-  const { aliases, consts } = kernel.header(v);
+  const { aliases, consts, subgroup } = kernel.header(v);
   const lines: string[] = [];
   if (Object.values(aliases).includes("f16")) lines.push("enable f16;");
+  if (subgroup !== undefined) lines.push("enable subgroups;");
   lines.push("requires immediate_address_space;");
+  if (subgroup !== undefined) lines.push(`const SUBGROUP = ${subgroup}u;`);
   for (const [name, elem] of Object.entries(aliases)) lines.push(`alias ${name} = ${elem};`);
   for (const [name, value] of Object.entries(consts)) lines.push(`const ${name} = ${value}u;`);
   const fields = Object.entries(kernel.params).map(([name, type]) => `${name}: ${type}`);

@@ -1,6 +1,8 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import { tripsHelper, unrollConst } from "../shared/shared.ts";
-import text from "./tiled.wgsl" with { type: "text" };
+import bindingsText from "./bindings.wgsl" with { type: "text" };
+import subgroupText from "./subgroup.wgsl" with { type: "text" };
+import tiledText from "./tiled.wgsl" with { type: "text" };
 
 export interface FlashAttentionVariant {
   readonly elem: Elem;
@@ -25,12 +27,35 @@ export interface FlashAttentionProblem {
   readonly scale: number;
 }
 
+export interface SubgroupAttentionVariant {
+  readonly elem: Elem;
+  readonly heads: number;
+  readonly headDim4: number;
+  /** Lanes of the device's subgroups, 4 or 8: queries of a workgroup, and keys of a group. */
+  readonly subgroup: number;
+  /** See `shared/trips.wgsl`. */
+  readonly unroll: boolean;
+}
+
+const bindings: ShaderFile = { file: "flash_attention/bindings.wgsl", text: bindingsText };
+
+const common = {
+  bindings: { qkv: "read", k: "read", v: "read", out: "read_write" },
+  params: { q_len: "u32", first_position: "u32", capacity: "u32", scale_log2: "f32", one: "u32" },
+  values: (_: unknown, p: FlashAttentionProblem) => ({
+    q_len: p.qLen,
+    first_position: p.firstPosition,
+    capacity: p.capacity,
+    scale_log2: p.scale * Math.LOG2E,
+    one: 1,
+  }),
+} as const;
+
 /** Causal attention of `qLen` queries over the cache, whose last keys are the queries' own. */
 export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem> = {
   name: "flash_attention/tiled",
-  sources: [{ file: "flash_attention/tiled.wgsl", text }, tripsHelper],
-  bindings: { qkv: "read", k: "read", v: "read", out: "read_write" },
-  params: { q_len: "u32", first_position: "u32", capacity: "u32", scale_log2: "f32", one: "u32" },
+  sources: [bindings, { file: "flash_attention/tiled.wgsl", text: tiledText }, tripsHelper],
+  ...common,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
@@ -44,15 +69,39 @@ export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem
   }),
   workgroupBytes: (v) => 2 * 16 * v.headDim4 * v.tileKv, // k_tile + v_tile
   workgroupInvocations: (v) => v.tileQ,
-  values: (_, p) => ({
-    q_len: p.qLen,
-    first_position: p.firstPosition,
-    capacity: p.capacity,
-    scale_log2: p.scale * Math.LOG2E,
-    one: 1,
-  }),
   grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), v.heads, 1],
 };
+
+/** The same on software Vulkan. */
+export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionProblem> = {
+  name: "flash_attention/subgroup",
+  sources: [bindings, { file: "flash_attention/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  ...common,
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    subgroup: v.subgroup,
+    consts: { HEADS: v.heads, HEAD_DIM4: v.headDim4, ...unrollConst(v.unroll) },
+  }),
+  workgroupBytes: () => 0,
+  workgroupInvocations: (v) => v.subgroup,
+  grid: (v, p) => [Math.ceil(p.qLen / v.subgroup), v.heads, 1],
+};
+
+/** Candidates in order of preference; `unroll` is false on software adapters only. */
+export function attentionCandidates(
+  elem: Elem,
+  heads: number,
+  headDim4: number,
+  unroll: boolean,
+): Op<FlashAttentionProblem>[] {
+  const forSoftware = [8, 4].map((subgroup) =>
+    op(subgroupAttention, { elem, heads, headDim4, subgroup, unroll })
+  );
+  return [
+    ...(unroll ? [] : forSoftware),
+    ...flashAttentionVariants(elem, heads, headDim4, unroll).map((v) => op(tiledAttention, v)),
+  ];
+}
 
 /** In order of preference: smaller tiles are for large heads and little workgroup memory. */
 export function flashAttentionVariants(

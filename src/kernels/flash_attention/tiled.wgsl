@@ -5,14 +5,6 @@
 // One workgroup a (tile of TILE_Q queries, head), one invocation a query: its q, its running maximum m, sum l and
 // unnormalised output o stay in registers in f32; tiles of TILE_KV keys and values are staged in workgroup memory, from
 // which all invocations read the same address at once.
-@group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;             // [q_len, 3, HEADS, HEAD_DIM4]
-@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(3) var<storage, read_write> out: array<vec4<elem>>;       // [q_len, HEADS, HEAD_DIM4]
-
-// A score no real one reaches, and finite: the difference of two masked scores is 0, not NaN.
-const MASKED = -3.0e38;
-
 var<workgroup> k_tile: array<vec4f, TILE_KV * HEAD_DIM4>;
 var<workgroup> v_tile: array<vec4f, TILE_KV * HEAD_DIM4>;
 
@@ -55,7 +47,7 @@ fn main(
         }
         workgroupBarrier();
         for (var group = 0u; group < TILE_KV; group += KEYS) {
-            var s: array<f32, KEYS>;
+            var s = array<f32, KEYS>();
             var m_new = m;
             for (var j = 0u; j < trips(KEYS); j++) {
                 var products = vec4f(0.0);

@@ -1,8 +1,11 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import type { RowRange } from "../embedding/embedding.ts";
-import text from "./lm_head.wgsl" with { type: "text" };
+import { tripsHelper, unrollConst } from "../shared/shared.ts";
+import bindingsText from "./bindings.wgsl" with { type: "text" };
+import splitDotText from "./split_dot.wgsl" with { type: "text" };
+import subgroupText from "./subgroup.wgsl" with { type: "text" };
 
-export interface LmHeadVariant {
+export interface SplitDotVariant {
   readonly elem: Elem;
   /** Rows of `x` that share one reading of the head. */
   readonly rows: number;
@@ -20,29 +23,64 @@ export interface LmHeadProblem {
   readonly piece: RowRange;
 }
 
-/** `logits[rows, vocab] = x · headᵀ` in f32, for one piece of the head. */
-export const lmHead: Kernel<LmHeadVariant, LmHeadProblem> = {
-  name: "lm_head",
-  sources: [{ file: "lm_head/lm_head.wgsl", text }],
+export interface SubgroupLmHeadVariant {
+  readonly elem: Elem;
+  /** Lanes of the device's subgroups, 4 or 8: rows and tokens of a workgroup. */
+  readonly subgroup: number;
+  /** See `shared/trips.wgsl`. */
+  readonly unroll: boolean;
+}
+
+const bindings: ShaderFile = { file: "lm_head/bindings.wgsl", text: bindingsText };
+
+const common = {
   bindings: { x: "read", w: "read", logits: "read_write" },
-  params: { rows: "u32", inner4: "u32", vocab: "u32", first_token: "u32", piece_rows: "u32" },
+  params: { rows: "u32", inner4: "u32", vocab: "u32", first_token: "u32", piece_rows: "u32", one: "u32" },
+  values: (_: unknown, p: LmHeadProblem) => ({
+    rows: p.rows,
+    inner4: p.inner / 4,
+    vocab: p.vocab,
+    first_token: p.piece.first,
+    piece_rows: p.piece.rows,
+    one: 1,
+  }),
+} as const;
+
+/** `logits[rows, vocab] = x · headᵀ` in f32, for one piece of the head. */
+export const splitDotLmHead: Kernel<SplitDotVariant, LmHeadProblem> = {
+  name: "lm_head/split_dot",
+  sources: [bindings, { file: "lm_head/split_dot.wgsl", text: splitDotText }],
+  ...common,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: { ROWS: v.rows, VOCAB_TILE: v.vocabTile, LANES_PER_TOKEN: v.lanesPerToken },
   }),
   workgroupBytes: (v) => 4 * v.rows * v.vocabTile * v.lanesPerToken, // partial
   workgroupInvocations: (v) => v.vocabTile * v.lanesPerToken,
-  values: (_, p) => ({
-    rows: p.rows,
-    inner4: p.inner / 4,
-    vocab: p.vocab,
-    first_token: p.piece.first,
-    piece_rows: p.piece.rows,
-  }),
   grid: (v, p) => [Math.ceil(p.piece.rows / v.vocabTile), Math.ceil(p.rows / v.rows), 1],
 };
 
-/** One row, as in decoding, or several that share the reading of the head, as in scoring. */
-export function lmHeadVariant(elem: Elem, rows: number): LmHeadVariant {
-  return { elem, rows: rows === 1 ? 1 : 8, vocabTile: 8, lanesPerToken: 16 };
+/** The same for many rows, on software Vulkan. */
+export const subgroupLmHead: Kernel<SubgroupLmHeadVariant, LmHeadProblem> = {
+  name: "lm_head/subgroup",
+  sources: [bindings, { file: "lm_head/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  ...common,
+  header: (v) => ({ aliases: { elem: v.elem }, subgroup: v.subgroup, consts: unrollConst(v.unroll) }),
+  workgroupBytes: () => 0,
+  workgroupInvocations: (v) => v.subgroup,
+  grid: (v, p) => [Math.ceil(p.piece.rows / v.subgroup), Math.ceil(p.rows / v.subgroup), 1],
+};
+
+/** For one row, as in decoding: it reads the head once. */
+export function oneRowCandidates(elem: Elem): Op<LmHeadProblem>[] {
+  return [op(splitDotLmHead, { elem, rows: 1, vocabTile: 8, lanesPerToken: 16 })];
+}
+
+/** For many rows, as in scoring, which share a reading of the head; `unroll` is false on software adapters only. */
+export function manyRowsCandidates(elem: Elem, unroll: boolean): Op<LmHeadProblem>[] {
+  const forSoftware = [8, 4].map((subgroup) => op(subgroupLmHead, { elem, subgroup, unroll }));
+  return [
+    ...(unroll ? [] : forSoftware),
+    op(splitDotLmHead, { elem, rows: 8, vocabTile: 8, lanesPerToken: 16 }),
+  ];
 }

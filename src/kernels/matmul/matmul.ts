@@ -1,8 +1,9 @@
-import type { Elem, Kernel, ShaderFile } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import { tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
+import subgroupText from "./subgroup.wgsl" with { type: "text" };
 import tiledText from "./tiled.wgsl" with { type: "text" };
 
 /** What is fused behind the product; the numbers are those in `epilogue.wgsl`. */
@@ -37,6 +38,11 @@ export interface GemvVariant extends MatmulVariant {
   readonly strip4: number;
   /** Groups of lanes that share each sum. */
   readonly slices: number;
+}
+
+export interface SubgroupVariant extends MatmulVariant {
+  /** Lanes of the device's subgroups, 4 or 8: rows of a tile, and a quarter of its columns. */
+  readonly subgroup: number;
 }
 
 const bindings: ShaderFile = { file: "matmul/bindings.wgsl", text: bindingsText };
@@ -88,6 +94,33 @@ export const gemv: Kernel<GemvVariant, MatmulProblem> = {
   workgroupInvocations: (v) => v.strip4 * v.slices,
   grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), 1, 1],
 };
+
+/** The same for any number of rows, on software Vulkan. */
+export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
+  name: "matmul/subgroup",
+  sources: [bindings, epilogue, { file: "matmul/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  ...common,
+  header: (v) => ({ ...header(v, {}), subgroup: v.subgroup }),
+  workgroupBytes: () => 0,
+  workgroupInvocations: (v) => v.subgroup,
+  grid: (v, p) => [Math.ceil(p.columns / (4 * v.subgroup)), Math.ceil(p.rows / v.subgroup), 1],
+};
+
+/** Candidates for many rows, in order of preference; `unroll` is false on software adapters only. */
+export function matmulCandidates(elem: Elem, epilogue: Epilogue, unroll: boolean): Op<MatmulProblem>[] {
+  const forSoftware = [8, 4].map((subgroup) => op(subgroupMatmul, { elem, epilogue, unroll, subgroup }));
+  return [
+    ...(unroll ? [] : forSoftware),
+    ...tiledVariants(elem, epilogue, unroll).map((v) => op(tiledMatmul, v)),
+  ];
+}
+
+/** Candidates for the few rows of a short prompt, where large tiles would be mostly padding. */
+export function smallMatmulCandidates(elem: Elem, epilogue: Epilogue, unroll: boolean): Op<MatmulProblem>[] {
+  return matmulCandidates(elem, epilogue, unroll).filter(({ variant }) =>
+    !("tileRows" in variant) || (variant as TiledVariant).tileRows <= 16
+  );
+}
 
 /** Tiles in order of preference for many rows. */
 export function tiledVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): TiledVariant[] {

@@ -1,10 +1,5 @@
 // logits[r, v] = x[r] · w[v]: the tied output head, whose rows are wte's. One workgroup ROWS rows of x by VOCAB_TILE
 // tokens; LANES_PER_TOKEN lanes share each dot product and are added in a fixed order.
-// A head too large for one binding comes in pieces of whole rows.
-@group(0) @binding(0) var<storage, read> x: array<vec4f>;                    // [rows, inner4]
-@group(0) @binding(1) var<storage, read> w: array<vec4<elem>>;               // [piece_rows, inner4], from token first_token
-@group(0) @binding(2) var<storage, read_write> logits: array<f32>;           // [rows, vocab]
-
 const LANES = VOCAB_TILE * LANES_PER_TOKEN;
 
 var<workgroup> partial: array<f32, ROWS * LANES>;       // [ROWS, VOCAB_TILE, LANES_PER_TOKEN]
