@@ -45,26 +45,25 @@ export function decodeText(bytes: Uint8Array, where: string): string {
 
 /** Offset of the first byte that belongs to no valid character. */
 function firstInvalidByte(bytes: Uint8Array): number {
-  // The longest valid prefix, by bisection: a prefix cut inside a character is valid as far as it goes.
-  const isPrefixValid = (end: number) => {
+  const isPrefixValid = (end: number, stream: boolean) => {
     try {
-      new TextDecoder("utf-8", { fatal: true }).decode(bytes.subarray(0, end), { stream: true });
+      new TextDecoder("utf-8", { fatal: true }).decode(bytes.subarray(0, end), { stream });
       return true;
     } catch {
       return false;
     }
   };
+  // The longest prefix that can go on as text, by bisection.
   let valid = 0;
   let invalid = bytes.length + 1;
   while (invalid - valid > 1) {
     const middle = (valid + invalid) >> 1;
-    if (isPrefixValid(middle)) valid = middle;
+    if (isPrefixValid(middle, true)) valid = middle;
     else invalid = middle;
   }
-  // `valid` bytes may end in a character that the next byte breaks: that character is what is invalid.
-  let start = valid;
-  while (start > 0 && valid - start < 3 && (bytes[start]! & 0xc0) === 0x80) start--;
-  return start;
+  // It may end inside a character, which the next byte or the end of the input breaks.
+  while (!isPrefixValid(valid, false)) valid--;
+  return valid;
 }
 
 export interface PromptSource {

@@ -12,7 +12,7 @@ import { writeNote } from "./output.ts";
 const DEFAULT_MODEL = new URL("../../weights/classics-16k", import.meta.url);
 
 export function modelFolder(options: Pick<CommonOptions, "model">): string {
-  return options.model ?? fileURLToPath(DEFAULT_MODEL);
+  return options.model ?? fileURLToPath(DEFAULT_MODEL.href);
 }
 
 /** Whether a file is in the model's folder. */

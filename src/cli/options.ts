@@ -233,37 +233,55 @@ function takesValue(spec: OptionSpec): boolean {
   return spec.convert !== undefined;
 }
 
-/** Replaces every value and positional after the command's name by a placeholder. */
+/**
+ * Replaces every value and positional after the command's name by a placeholder, and puts the positionals first. Every
+ * flag is checked here, because `cac` takes too much: `--no-seed`, `--maxTokens`, `--stop.a`, and what follows a switch
+ * with a hyphen in its name as that switch's value.
+ */
 function hideValues(
+  name: CommandName,
   argv: readonly string[],
   specs: readonly OptionSpec[],
 ): { argv: string[]; values: string[] } {
   const values: string[] = [];
+  const positionals: string[] = [];
   const hidden: string[] = [];
   const hide = (value: string) => `${PLACEHOLDER}${values.push(value) - 1}`;
   const valued = new Set(specs.filter(takesValue).flatMap(namesOf));
-  for (let i = 0; i < argv.length; i++) {
-    const arg = argv[i]!;
-    const equals = arg.indexOf("=");
-    const name = equals > 0 ? arg.slice(0, equals) : arg;
+  const switches = new Set(["-h", "--help", ...specs.filter((spec) => !takesValue(spec)).flatMap(namesOf)]);
+  const rest = [...argv];
+  for (let arg = rest.shift(); arg !== undefined; arg = rest.shift()) {
+    const [flag, attached] = splitFlag(arg);
     if (arg === "--") {
-      hidden.push(...argv.slice(i + 1).map(hide));
-      break;
+      positionals.push(...rest.splice(0).map(hide));
     } else if (!arg.startsWith("-") || arg === "-") {
-      hidden.push(hide(arg));
-    } else if (!valued.has(name)) {
-      hidden.push(arg);
-    } else if (equals > 0) {
-      hidden.push(name, hide(arg.slice(equals + 1)));
-    } else if (i + 1 < argv.length) {
-      hidden.push(name, hide(argv[++i]!));
-    } else {
-      throw new UsageError(`\`${arg}\` needs a value`, {
-        hint: "`longform COMMAND --help` shows what it takes",
+      positionals.push(hide(arg));
+    } else if (valued.has(flag)) {
+      const value = attached ?? rest.shift();
+      if (value === undefined) {
+        throw new UsageError(`\`${flag}\` needs a value`, {
+          hint: `\`longform ${name} --help\` shows what it takes`,
+        });
+      }
+      hidden.push(flag, hide(value.replace(/^=/, "")));
+    } else if (!switches.has(flag)) {
+      throw new UsageError(`There is no option \`${flag}\``, {
+        hint: `\`longform ${name} --help\` lists the options; a text that begins with - goes behind \`--\``,
       });
+    } else if (attached?.startsWith("=")) {
+      throw new UsageError(`\`${flag}\` takes no value`, { hint: `leave \`${attached}\` away` });
+    } else {
+      hidden.push(flag);
+      if (attached !== undefined) rest.unshift(`-${attached}`);
     }
   }
-  return { argv: hidden, values };
+  return { argv: [...positionals, ...hidden], values };
+}
+
+/** `--seed=7` is `--seed` and `=7`, `-n7` is `-n` and `7`, `-qn` is `-q` and `n`. */
+function splitFlag(arg: string): [flag: string, attached: string | undefined] {
+  const length = !arg.startsWith("--") ? 2 : arg.includes("=") ? arg.indexOf("=") : arg.length;
+  return [arg.slice(0, length), arg.length > length ? arg.slice(length) : undefined];
 }
 
 function declare(cli: CAC, name: CommandName): Command {
@@ -297,14 +315,9 @@ export function parseOptions(args: readonly string[]): Options | undefined {
   }
   if (!isCommand(name)) throw new UsageError(`There is no command \`${name}\``, { hint: commandsHint() });
   const specs: readonly OptionSpec[] = [...COMMANDS[name].options, ...COMMON];
-  const { argv, values } = hideValues([...args.slice(0, at), ...args.slice(at + 1)], specs);
+  const { argv, values } = hideValues(name, [...args.slice(0, at), ...args.slice(at + 1)], specs);
   cli.parse(["", "longform", name, ...argv], { run: false });
   if (cli.options["help"]) return undefined;
-  try {
-    cli.matchedCommand?.checkUnknownOptions();
-  } catch (error) {
-    throw new UsageError((error as Error).message, { hint: `\`longform ${name} --help\` lists the options` });
-  }
   const shown = (placeholder: unknown) => values[Number(String(placeholder).slice(PLACEHOLDER.length))]!;
   const positionals = cli.args.map(shown);
   checkPositionals(name, positionals);

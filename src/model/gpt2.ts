@@ -135,6 +135,7 @@ export class Gpt2 {
       await submitted;
       if (first > 0) options.onProgress?.(first, ids.length);
       submitted = this.#gpu.idle();
+      submitted.catch(() => {}); // whatever fails first is thrown, and then nobody may await this one
     }
     const logits = await this.#logitsReadback.read();
     await submitted;

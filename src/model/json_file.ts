@@ -44,7 +44,7 @@ export async function requireFolder(dir: string): Promise<void> {
     const code = fileErrorCode(error);
     if (code !== "ENOENT" && code !== "ENOTDIR") throw fileError(dir, error);
     throw new ModelError(`There is no model folder ${dir}`, {
-      hint: "pass --model a folder with config.json and model.safetensors, or fetch one with `pull`",
+      hint: "pass `--model` a folder with config.json, tokenizer.json and model.safetensors",
       cause: error,
     });
   });

@@ -84,7 +84,7 @@ export async function openCheckpoint(dir: string): Promise<WeightSource> {
   throw new ModelError(`There is no model.safetensors or model.safetensors.index.json in ${dir}`, {
     hint: pickled
       ? "convert pytorch_model.bin: load it with transformers and call save_pretrained(dir, safe_serialization=True)"
-      : "put the weights there, or fetch a model with `pull`",
+      : "put the weights there, or pass `--model` another folder",
   });
 }
 

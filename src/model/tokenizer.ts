@@ -61,7 +61,7 @@ export async function loadTokenizer(dir: string): Promise<GPT2Tokenizer> {
   if (tokenizer === undefined) {
     throw new ModelError(`No tokenizer.json in ${dir}`, {
       hint: "a model folder holds config.json, tokenizer.json and model.safetensors; " +
-        "`longform pull REPO` fetches all of them",
+        "with `--ids` a model runs without a tokenizer",
     });
   }
   const config = await readOptionalJson(join(dir, "tokenizer_config.json"));

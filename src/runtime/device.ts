@@ -89,6 +89,8 @@ export class Gpu {
 
   /** Waits for GPU work, but no longer than the device lives: its loss or any uncaptured error rejects. */
   async wait<T>(work: Promise<T>): Promise<T> {
+    // Work on a lost device rejects too; unhandled, that would end the process before the failure below is reported.
+    work.catch(() => {});
     this.check();
     try {
       const result = await Promise.race([work, this.#failed]);
@@ -182,9 +184,13 @@ async function chooseAdapter(options: DeviceOptions): Promise<GPUAdapter> {
   return hardware ?? first;
 }
 
+/** Software implementations of Vulkan by the names they give themselves. */
+const SOFTWARE_NAMES = /llvmpipe|SwiftShader/i;
+
 /** Dawn may put a software adapter first: look through the others before settling for it. */
 async function hardwareAdapter(): Promise<GPUAdapter | null> {
   for (const name of await listAdapterNames()) {
+    if (SOFTWARE_NAMES.test(name)) continue;
     const adapter = await createInstance({ adapterName: name }).requestAdapter();
     if (adapter && !adapter.info.isFallbackAdapter) return adapter;
   }
@@ -196,7 +202,7 @@ async function adapterByName(wanted: string): Promise<GPUAdapter> {
   if (names.length === 0) throw noAdapter();
   const name = /^\d+$/.test(wanted)
     ? names[Number(wanted)]
-    : names.find((candidate) => candidate.toLowerCase().includes(wanted.toLowerCase()));
+    : names.find((candidate) => slug(candidate).includes(slug(wanted)));
   const adapter = name === undefined
     ? null
     : await createInstance({ adapterName: name }).requestAdapter().catch(() => null);
@@ -204,6 +210,11 @@ async function adapterByName(wanted: string): Promise<GPUAdapter> {
   throw new NoAdapterError(`No adapter matches \`--adapter ${wanted}\``, {
     hint: `this machine has ${names.map((n, i) => `${i}: ${n}`).join(", ")}`,
   });
+}
+
+/** Dawn writes the same name in two ways: `NVIDIA H100 80GB HBM3` in its list, `nvidia-h100-80gb-hbm3` in the adapter. */
+function slug(name: string): string {
+  return name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
 }
 
 function noAdapter(): NoAdapterError {
@@ -221,7 +232,7 @@ function adapterName(adapter: GPUAdapter): string {
 function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {}): Capabilities {
   const { info, limits, features } = adapter;
   return Object.freeze({
-    name: info.device || adapterName(adapter),
+    name: info.device.replace(/-$/, "") || adapterName(adapter),
     vendor: info.vendor,
     architecture: info.architecture,
     driver: info.description,

@@ -130,6 +130,7 @@ export function tiledVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): 
   ];
 }
 
+/** In order of preference: many slices keep a GPU busy with a single row, on a CPU they only add barriers. */
 export function gemvVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): GemvVariant[] {
-  return [{ elem, epilogue, unroll, strip4: 8, slices: 16 }];
+  return (unroll ? [64, 16] : [16]).map((slices) => ({ elem, epilogue, unroll, strip4: 8, slices }));
 }

@@ -1,0 +1,84 @@
+/**
+ * Times `longform generate` as a user runs it: whole processes, one prompt, greedy.
+ *
+ *     bun bench/baseline.ts --model DIR --ids FILE -n 128 --runs 5 [--dtype f16] [--out FILE.json] [--commit ID]
+ *
+ * Prints and records median, minimum and maximum over the runs; the first process, which fills the driver's shader
+ * cache, is reported apart as `cold`.
+ */
+import { spawnSync } from "node:child_process";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { dirname } from "node:path";
+import process from "node:process";
+import { parseArgs } from "node:util";
+
+const { values } = parseArgs({
+  options: {
+    model: { type: "string", default: "weights/classics-16k" },
+    ids: { type: "string" },
+    n: { type: "string", short: "n", default: "128" },
+    runs: { type: "string", default: "5" },
+    dtype: { type: "string", default: "auto" },
+    commit: { type: "string" },
+    out: { type: "string" },
+  },
+});
+if (values.ids === undefined) throw new Error("--ids is needed: a JSON array of token ids");
+
+const command = [
+  ...["main.ts", "generate", "-m", values.model, "--ids", values.ids, "-n", values.n],
+  ...["--dtype", values.dtype, "--temperature", "0", "--ignore-eos", "--json", "-q"],
+];
+
+interface Run {
+  readonly prompt_tokens: number;
+  readonly tokens: readonly number[];
+  readonly timings: Readonly<Record<string, number | null>>;
+  readonly memory: Readonly<Record<string, number>>;
+}
+
+function runOnce(): Run {
+  const { status, stdout, stderr } = spawnSync(process.execPath, command, { maxBuffer: 1 << 28 });
+  if (status !== 0) throw new Error(`exit ${status}: ${stderr}`);
+  return JSON.parse(stdout.toString());
+}
+
+const cold = runOnce();
+const runs = Array.from({ length: Number(values.runs) }, runOnce);
+if (runs.some((run) => run.tokens.join() !== cold.tokens.join())) {
+  throw new Error("The runs generated different tokens");
+}
+
+const spread = Object.fromEntries(
+  Object.keys(cold.timings).filter((name) => cold.timings[name] !== null).map((name) => {
+    const sorted = runs.map((run) => run.timings[name] ?? NaN).sort((a, b) => a - b);
+    const [min, median, max] = [sorted[0]!, sorted[sorted.length >> 1]!, sorted.at(-1)!];
+    return [name, { median, min, max }];
+  }),
+);
+const info = JSON.parse(spawnSync(process.execPath, ["main.ts", "info", "--json"]).stdout.toString());
+const result = {
+  adapter: info.chosen.name,
+  driver: info.chosen.driver,
+  runtime: info.runtime,
+  version: info.version,
+  commit: values.commit ?? spawnSync("git", ["rev-parse", "--short", "HEAD"]).stdout?.toString().trim(),
+  command: `bun ${command.join(" ")}`,
+  date: new Date().toISOString().slice(0, 10),
+  prompt_tokens: cold.prompt_tokens,
+  generated: cold.tokens.length,
+  cold: cold.timings,
+  timings: spread,
+  memory: cold.memory,
+};
+for (const [name, { median, min, max }] of Object.entries(spread)) {
+  console.log(
+    `${name.padEnd(24)} ${median.toFixed(1).padStart(12)}  (${min.toFixed(1)} to ${max.toFixed(1)})`,
+  );
+}
+console.log(`cold first token ms      ${cold.timings["first_token_ms"]?.toFixed(1).padStart(12)}`);
+console.log(`peak bytes               ${String(cold.memory["peak_bytes"]).padStart(12)}`);
+if (values.out) {
+  mkdirSync(dirname(values.out), { recursive: true });
+  writeFileSync(values.out, JSON.stringify(result, null, 1) + "\n");
+}

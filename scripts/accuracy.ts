@@ -1,0 +1,81 @@
+/**
+ * Prints, as Markdown, how far this machine's adapter is from the recorded references, and the bound of each row.
+ *
+ *     bun scripts/accuracy.ts [--dtype f16|f32] [--adapter NAME] [--synthetic] [--out FILE.json]
+ *
+ * `--synthetic` adds the gpt2 and gpt2-medium shapes: seconds on a GPU, an hour on a CPU. Exits 1 if a bound is broken.
+ */
+import { writeFileSync } from "node:fs";
+import process from "node:process";
+import { parseArgs } from "node:util";
+import { openDevice } from "../src/runtime/device.ts";
+import type { Elem } from "../src/runtime/kernel.ts";
+import {
+  type AccuracyRow,
+  greedyAccuracy,
+  greedyGapTolerance,
+  promptAccuracy,
+  shortAccuracy,
+  syntheticAccuracy,
+} from "../tests/support/accuracy.ts";
+
+const { values } = parseArgs({
+  options: {
+    dtype: { type: "string" },
+    adapter: { type: "string" },
+    synthetic: { type: "boolean", default: false },
+    out: { type: "string" },
+  },
+});
+
+const gpu = await openDevice(values.adapter === undefined ? {} : { adapter: values.adapter });
+const elems: Elem[] = values.dtype === undefined
+  ? (gpu.caps.f16 ? ["f32", "f16"] : ["f32"])
+  : [values.dtype as Elem];
+
+const results: { elem: Elem; rows: AccuracyRow[] }[] = [];
+for (const elem of elems) {
+  const greedy = await greedyAccuracy(gpu, elem, 4096);
+  const rows = [
+    ...await shortAccuracy(gpu, elem),
+    ...await promptAccuracy(gpu, elem, 1024),
+    ...await promptAccuracy(gpu, elem, 4096),
+    {
+      what:
+        `greedy, ${greedy.prompts} prompts, ${greedy.steps} steps, ${greedy.closeCalls} close calls: largest gap`,
+      error: greedy.worstGap,
+      bound: greedyGapTolerance(elem),
+    },
+  ];
+  if (values.synthetic) {
+    rows.push(
+      ...await syntheticAccuracy(gpu, elem, "gpt2"),
+      ...await syntheticAccuracy(gpu, elem, "gpt2-medium"),
+    );
+  }
+  results.push({ elem, rows });
+}
+
+console.log(`${gpu.caps.name} (${gpu.caps.driver})\n`);
+console.log("| dtype | compared | largest error | bound | |\n| --- | --- | --- | --- | --- |");
+let broken = 0;
+for (const { elem, rows } of results) {
+  for (const { what, error, bound } of rows) {
+    const isKept = error <= bound;
+    if (!isKept) broken++;
+    console.log(
+      `| ${elem} | ${what} | ${error.toPrecision(3)} | ${bound.toPrecision(3)} | ${
+        isKept ? "ok" : "BROKEN"
+      } |`,
+    );
+  }
+}
+if (values.out) {
+  const { name, driver } = gpu.caps;
+  writeFileSync(
+    values.out,
+    JSON.stringify({ adapter: name, driver, runtime: process.versions, results }, null, 1) + "\n",
+  );
+}
+gpu.destroy();
+process.exit(broken > 0 ? 1 : 0);

@@ -1,0 +1,53 @@
+/** The model against outputs recorded from PyTorch; `docs/numerics.md` argues the bounds. */
+import { describe, expect, test } from "bun:test";
+import {
+  type AccuracyRow,
+  greedyAccuracy,
+  greedyGapTolerance,
+  promptAccuracy,
+  shortAccuracy,
+  syntheticAccuracy,
+} from "../support/accuracy.ts";
+import { testDevice, testElems } from "../support/device.ts";
+
+const LONG = 600_000;
+const gpu = await testDevice();
+
+function expectKept(rows: readonly AccuracyRow[]): void {
+  const broken = rows.filter(({ error, bound }) => !(error <= bound));
+  expect(broken.map(({ what, error, bound }) => `${what}: ${error} is over ${bound}`)).toEqual([]);
+}
+
+for (const elem of testElems(gpu)) {
+  describe(`classics-16k in ${elem}`, () => {
+    test("hidden states after every block and the logits match the reference", async () => {
+      expectKept(await shortAccuracy(gpu, elem));
+    }, LONG);
+
+    test("logits and per-token NLL of 1,024 tokens match the reference", async () => {
+      expectKept(await promptAccuracy(gpu, elem, 1024));
+    }, LONG);
+
+    test("logits and per-token NLL of 4,096 tokens match the reference", async () => {
+      expectKept(await promptAccuracy(gpu, elem, 4096));
+    }, LONG);
+
+    test(
+      "greedy tokens equal the reference's, but for steps where its two best are closer than the tolerance",
+      async () => {
+        // The recorded prompts go up to 16,000 tokens; the longest takes minutes on a CPU.
+        const result = await greedyAccuracy(gpu, elem, gpu.caps.isSoftware ? 1024 : 16384);
+        expect(result.worstGap).toBeLessThan(greedyGapTolerance(elem));
+        expect(result.steps).toBe(result.prompts * 64);
+      },
+      LONG,
+    );
+  });
+
+  for (const shape of ["gpt2", "gpt2-medium"] as const) {
+    const why = gpu.caps.isSoftware ? " (needs a GPU: an hour on a CPU)" : "";
+    test.skipIf(gpu.caps.isSoftware)(`${shape} in ${elem} matches the reference${why}`, async () => {
+      expectKept(await syntheticAccuracy(gpu, elem, shape));
+    }, LONG);
+  }
+}

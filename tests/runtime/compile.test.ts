@@ -1,0 +1,261 @@
+import { describe, expect, test } from "bun:test";
+import { candidates, type KernelShape } from "../../src/kernels/index.ts";
+import { type Capabilities, openDevice } from "../../src/runtime/device.ts";
+import { ShaderError } from "../../src/runtime/errors.ts";
+import { type Elem, type Kernel, type Op, renderHeader, supports } from "../../src/runtime/kernel.ts";
+
+/** Dawn's null backend validates everything and runs nothing: shaders compile on machines without a GPU. */
+const gpu = await openDevice({ nullBackend: true });
+
+const MODELS = {
+  "gpt2": { width: 768, heads: 12, headDim: 64 },
+  "gpt2-xl": { width: 1600, heads: 25, headDim: 64 },
+  "classics": { width: 192, heads: 3, headDim: 64 },
+  "odd heads of 6": { width: 30, heads: 5, headDim: 6 },
+  "one head of 1": { width: 1, heads: 1, headDim: 1 },
+  "heads of 80": { width: 240, heads: 3, headDim: 80 },
+  "heads of 128": { width: 1024, heads: 8, headDim: 128 },
+  "a head of 512": { width: 512, heads: 1, headDim: 512 },
+} as const;
+
+// Kernels of different variants stand in one list; each comes with its own variants.
+// deno-lint-ignore no-explicit-any
+type AnyKernel = Kernel<any, any>;
+
+interface KernelVariant {
+  readonly role: string;
+  readonly kernel: AnyKernel;
+  readonly variant: object;
+}
+
+function variantsOf(model: { width: number; heads: number; headDim: number }): KernelVariant[] {
+  const { width, heads, headDim } = model;
+  const shapes = (["f32", "f16"] as Elem[]).flatMap((elem) =>
+    [true, false].map((unroll): KernelShape => ({
+      elem,
+      width,
+      heads,
+      headDim4: Math.ceil(headDim / 4),
+      unroll,
+    }))
+  );
+  return shapes.flatMap((shape) => Object.entries(candidates(shape)) as [string, readonly Op<never>[]][])
+    .flatMap(([role, ops]) => ops.map(({ kernel, variant }) => ({ role, kernel, variant })));
+}
+
+/** The null device as if its subgroups had the lanes that a variant needs: compiling does not depend on them. */
+function capsFor(kernel: AnyKernel, variant: object): Capabilities {
+  const lanes = kernel.header(variant).subgroup;
+  return lanes === undefined ? gpu.caps : { ...gpu.caps, subgroupMinSize: lanes, subgroupMaxSize: lanes };
+}
+
+const everyVariant = Object.values(MODELS).flatMap(variantsOf);
+const everyKernel = [...new Set(everyVariant.map(({ kernel }) => kernel))];
+
+function body(kernel: AnyKernel): string {
+  return kernel.sources.map((source) => source.text.replace(/\/\/.*$/gm, "")).join("");
+}
+
+/** Value of a WGSL expression of unsigned constants: names, numbers, + - * / and parentheses. */
+function evaluate(expression: string, consts: ReadonlyMap<string, string>): number {
+  const tokens = expression.match(/\w+|[-+*/()]/g) ?? [];
+  let next = 0;
+  const operand = (): number => {
+    const token = tokens[next++]!;
+    if (token === "(") {
+      const value = sum();
+      next++; // the closing parenthesis
+      return value;
+    }
+    if (/^\d+u?$/.test(token)) return parseInt(token);
+    const meaning = consts.get(token);
+    if (meaning === undefined) throw new Error(`${token} in "${expression}" is not a constant`);
+    return evaluate(meaning, consts);
+  };
+  const product = (): number => {
+    let value = operand();
+    while (tokens[next] === "*" || tokens[next] === "/") {
+      value = tokens[next++] === "*" ? value * operand() : Math.floor(value / operand());
+    }
+    return value;
+  };
+  const sum = (): number => {
+    let value = product();
+    while (tokens[next] === "+" || tokens[next] === "-") {
+      value = tokens[next++] === "+" ? value + product() : value - product();
+    }
+    return value;
+  };
+  return sum();
+}
+
+/** The header's constants and those that the body derives from them, unevaluated. */
+function constsOf(kernel: AnyKernel, variant: object): Map<string, string> {
+  const text = renderHeader(kernel, variant) + body(kernel);
+  return new Map(
+    [...text.matchAll(/^const (\w+)(?:\s*:\s*u32)?\s*=\s*([^;]+);/gm)].map((m) => [m[1]!, m[2]!]),
+  );
+}
+
+const BYTES_OF: Readonly<Record<string, number>> = { f32: 4, u32: 4, vec2f: 8, vec4f: 16, f16: 2 };
+
+/** Workgroup memory that the text declares, each variable rounded up to 16 bytes as Dawn counts it. */
+function declaredWorkgroupBytes(kernel: AnyKernel, variant: object): number {
+  const consts = constsOf(kernel, variant);
+  const { aliases } = kernel.header(variant);
+  const text = body(kernel);
+  let total = 0;
+  for (
+    const [, type, element, count] of text.matchAll(/var<workgroup>\s*\w+\s*:\s*(array<(.+),(.+)>|\w+);/g)
+  ) {
+    const name = (element ?? type)!.trim();
+    const vector = /^vec4<(\w+)>$/.exec(name)?.[1];
+    const bytes = vector ? 4 * BYTES_OF[aliases[vector] ?? vector]! : BYTES_OF[aliases[name] ?? name];
+    if (bytes === undefined) throw new Error(`${kernel.name} declares workgroup memory of type ${name}`);
+    total += Math.ceil(bytes * (count ? evaluate(count, consts) : 1) / 16) * 16;
+  }
+  expect(text.match(/var<workgroup>/g)?.length ?? 0).toBe(
+    text.match(/var<workgroup>\s*\w+\s*:[^;]+;/g)?.length ?? 0,
+  );
+  return total;
+}
+
+describe("variants on the null backend", () => {
+  for (const [name, model] of Object.entries(MODELS)) {
+    test(`${name}: what supports() accepts compiles, what it refuses does not`, async () => {
+      const problems: string[] = [];
+      await Promise.all(
+        variantsOf(model).map(async ({ role, kernel, variant }) => {
+          const verdict = supports(kernel, variant, capsFor(kernel, variant));
+          const error = await gpu.pipelines.prepare(kernel, variant).then(() => undefined, (e: unknown) => e);
+          if ((verdict === true) === (error === undefined)) return;
+          problems.push(
+            `${role} ${JSON.stringify(variant)}: supports() says ${verdict}, compiling says ${error}`,
+          );
+        }),
+      );
+      expect(problems).toEqual([]);
+    });
+    test(`${name}: each role has a variant for a device with the default limits and no subgroups`, () => {
+      const caps = { ...gpu.caps, subgroupMinSize: 0, subgroupMaxSize: 0 };
+      const variants = variantsOf(model);
+      const roles = (of: KernelVariant[]) => [...new Set(of.map(({ role }) => role))];
+      expect(roles(variants.filter((v) => supports(v.kernel, v.variant, caps) === true))).toEqual(
+        roles(variants),
+      );
+    });
+  }
+});
+
+describe("descriptors", () => {
+  test("bindings are those of the text, in order, with the same access", () => {
+    for (const kernel of everyKernel) {
+      const declared = [
+        ...body(kernel).matchAll(
+          /@group\((\d+)\)\s*@binding\((\d+)\)\s*var<storage,\s*(\w+)>\s*(\w+)/g,
+        ),
+      ].map(([, group, binding, access, name]) => `${group}.${binding} ${name} ${access}`);
+      const described = Object.entries(kernel.bindings).map(([name, access], i) =>
+        `0.${i} ${name} ${access}`
+      );
+      expect([kernel.name, ...declared.sort()]).toEqual([kernel.name, ...described.sort()]);
+    }
+  });
+  test("there are at most sixteen parameters", () => {
+    for (const kernel of everyKernel) expect(Object.keys(kernel.params).length).toBeLessThanOrEqual(16);
+  });
+  test("workgroupBytes is what the text declares", () => {
+    for (const { kernel, variant } of everyVariant) {
+      expect([kernel.name, kernel.workgroupBytes(variant)])
+        .toEqual([kernel.name, declaredWorkgroupBytes(kernel, variant)]);
+    }
+  });
+  test("workgroupInvocations is what the text declares", () => {
+    for (const { kernel, variant } of everyVariant) {
+      const size = /@workgroup_size\(([^@{]+)\)\s*fn/.exec(body(kernel))![1]!;
+      const declared = size.split(",").map((n) => evaluate(n, constsOf(kernel, variant))).reduce((a, b) =>
+        a * b
+      );
+      expect([kernel.name, kernel.workgroupInvocations(variant)]).toEqual([kernel.name, declared]);
+    }
+  });
+  test("every file ends with a line break: the positions of errors are counted in lines", () => {
+    for (const kernel of everyKernel) {
+      for (const { file, text } of kernel.sources) expect([file, text.endsWith("\n")]).toEqual([file, true]);
+    }
+  });
+  test("a kernel's name is the folder of its last own file", () => {
+    for (const kernel of everyKernel) {
+      const folder = kernel.name.split("/")[0]!;
+      expect(kernel.sources.some(({ file }) => file.startsWith(`${folder}/`))).toBe(true);
+    }
+  });
+});
+
+describe("a shader that does not compile", () => {
+  const valid = "// fine\nfn twice(x: f32) -> f32 {\n    return 2.0 * x;\n}\n";
+  const main = (statement: string) =>
+    `@group(0) @binding(0) var<storage, read_write> out: array<f32>;\n\n@compute @workgroup_size(1)\nfn main() {\n` +
+    `    ${statement}\n}\n`;
+
+  function kernelOf(sources: AnyKernel["sources"]): AnyKernel {
+    return {
+      name: "broken",
+      sources,
+      bindings: { out: "read_write" },
+      params: { value: "f32" },
+      header: () => ({ aliases: { elem: "f32" }, consts: { SIZE: 4 } }),
+      workgroupBytes: () => 0,
+      workgroupInvocations: () => 1,
+      values: () => ({ value: 1 }),
+      grid: () => [1, 1, 1],
+    };
+  }
+
+  async function errorOf(kernel: AnyKernel): Promise<ShaderError> {
+    const error: unknown = await gpu.pipelines.prepare(kernel, {}).catch((e: unknown) => e);
+    expect(error).toBeInstanceOf(ShaderError);
+    return error as ShaderError;
+  }
+
+  test("a valid kernel of the same form compiles", async () => {
+    const sources = [{ file: "a.wgsl", text: main("out[0] = twice(params.value);") }, {
+      file: "b.wgsl",
+      text: valid,
+    }];
+    await gpu.pipelines.prepare({ ...kernelOf(sources), name: "valid" }, {});
+  });
+  test("in the first file: the message has its name, line and column, the hint the header", async () => {
+    const error = await errorOf(kernelOf([
+      { file: "broken/first.wgsl", text: main("out[0] = thrice(params.value);") },
+      { file: "broken/second.wgsl", text: valid },
+    ]));
+    expect(error.message).toContain("broken/first.wgsl:5:14 ");
+    expect(error.message).toContain("thrice");
+    expect(error.hint).toContain("const SIZE = 4u;");
+  });
+  test("in a later file: lines count from that file's first", async () => {
+    const error = await errorOf({
+      ...kernelOf([
+        { file: "broken/first.wgsl", text: valid },
+        { file: "broken/second.wgsl", text: main("out[0] = twice(1u);") },
+      ]),
+      name: "broken/later",
+    });
+    expect(error.message).toContain("broken/second.wgsl:5:");
+    expect(error.message).not.toContain("first.wgsl");
+  });
+  test("a missing entry point names the kernel and the device", async () => {
+    const error = await errorOf({
+      ...kernelOf([{ file: "broken/none.wgsl", text: valid }]),
+      name: "broken/none",
+    });
+    expect(error.message).toContain("broken/none does not compile on null-backend");
+  });
+  test("more than sixteen parameters are refused by name", async () => {
+    const params = Object.fromEntries(Array.from({ length: 17 }, (_, i) => [`p${i}`, "u32" as const]));
+    const kernel = { ...kernelOf([{ file: "many.wgsl", text: valid }]), name: "many", params };
+    const error: unknown = await gpu.pipelines.prepare(kernel, {}).catch((e: unknown) => e);
+    expect(String(error)).toContain("many has more than 16 parameters");
+  });
+});
