@@ -1,0 +1,211 @@
+/** Bad input and bad luck: each ends in one sentence, the right exit code, nothing on stdout and no stack trace. */
+import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { temporaryFolder, type TinyOptions, writeRawSafetensors } from "../support/checkpoint.ts";
+import {
+  expectFailure,
+  RUN_TIMEOUT_MS,
+  runCli,
+  type RunOptions,
+  runtimes,
+  withoutNotices,
+  writeTinyModel,
+} from "../support/cli.ts";
+
+setDefaultTimeout(2 * RUN_TIMEOUT_MS);
+
+const folder = temporaryFolder();
+afterAll(folder.remove);
+let folders = 0;
+
+/** A sound tiny model, which `damage` then spoils. */
+function tiny(options: TinyOptions = {}, damage: (dir: string) => void = () => {}): string {
+  const { dir } = writeTinyModel(join(folder.path, String(folders++)), options);
+  damage(dir);
+  return dir;
+}
+
+function written(name: string, content: string | Uint8Array): string {
+  const path = join(folder.path, name);
+  writeFileSync(path, content);
+  return path;
+}
+
+const model = tiny();
+const NO_DRIVER = {
+  VK_DRIVER_FILES: "/nonexistent",
+  VK_ICD_FILENAMES: undefined,
+  VK_ADD_DRIVER_FILES: undefined,
+};
+
+describe("the command line", () => {
+  for (const runtime of runtimes) {
+    test(`on ${runtime}: exit code 2, and no GPU is asked`, async () => {
+      const env = NO_DRIVER;
+      expectFailure(
+        await runCli(["generat", "x"], { runtime, env }),
+        2,
+        /no command `generat`.*\n\nhint: .*generate/,
+      );
+      expectFailure(await runCli(["generate", "x", "--sed", "1"], { runtime, env }), 2, /no option `--sed`/);
+      expectFailure(await runCli(["generate", "x", "--seed"], { runtime, env }), 2, /`--seed` needs a value/);
+      expectFailure(
+        await runCli(["generate", "x", "--temperature", "-1"], { runtime, env }),
+        2,
+        /a number from 0/,
+      );
+    });
+  }
+
+  test("--context beyond the model's positions: exit code 2", async () => {
+    expectFailure(
+      await runCli(["generate", "-m", model, "x", "-c", "65"]),
+      2,
+      /`--context 65`.*64 positions/,
+    );
+  });
+});
+
+describe("the prompt", () => {
+  const args = ["generate", "-m", model, "-n", "1"];
+  const cases:
+    readonly (readonly [name: string, args: readonly string[], message: RegExp, options?: RunOptions])[] = [
+      ["an empty file", ["-f", written("empty", "")], /prompt is empty: .*empty holds no text/],
+      ["a file of one newline", ["-f", written("newline", "\n")], /prompt is empty/],
+      ["empty standard input", [], /prompt is empty: standard input holds no text/],
+      ["an empty pipe", ["-"], /prompt is empty: standard input holds no text/, { stdin: "" }],
+      ["no ids", ["--ids", "-"], /prompt is empty: standard input holds no token ids/, { stdin: "[]" }],
+      ["ids that are not JSON", ["--ids", "-"], /standard input is not JSON/, { stdin: "1 2" }],
+      ["ids that are not ids", ["--ids", "-"], /not a JSON array of token ids/, { stdin: "[1, -2]" }],
+      ["ids that are words", ["--ids", "-"], /not a JSON array of token ids/, { stdin: `["a"]` }],
+      ["an id outside the vocabulary", ["--ids", "-"], /97/, { stdin: "[1, 97]" }],
+      [
+        "a missing file",
+        ["-f", join(folder.path, "none.txt")],
+        /Cannot read .*none\.txt: there is no such file/,
+      ],
+      ["a folder as file", ["-f", folder.path], /Cannot read .*: it is a folder/],
+      [
+        "a byte that is not UTF-8",
+        ["-f", written("latin1", Uint8Array.of(0x61, 0x62, 0xe9, 0x63))],
+        /byte 2 begins/,
+      ],
+      ["a character cut short", ["-"], /standard input is not UTF-8.*byte 3/, {
+        stdin: Uint8Array.of(0x61, 0x62, 0x63, 0xe2, 0x82),
+      }],
+      ["characters without tokens", ["naïve"], /has no tokens for some characters/],
+      ["more tokens than -c", ["-c", "4", "hello"], /longer than the context: 5 tokens, room for 4/],
+      ["more tokens than positions", ["x".repeat(65)], /longer than the context: 65 tokens, room for 64/],
+    ];
+  for (const [name, extra, message, options] of cases) {
+    test(`${name}: exit code 1`, async () => {
+      expectFailure(await runCli([...args, ...extra], options), 1, message);
+    });
+  }
+});
+
+describe("the model", () => {
+  const weights = (dir: string) => join(dir, "model.safetensors");
+  const editConfig = (change: object) => (dir: string) => {
+    const path = join(dir, "config.json");
+    writeFileSync(path, JSON.stringify({ ...JSON.parse(readFileSync(path, "utf8")), ...change }));
+  };
+  const raw = (first: object, second: object, bytes: number, claimed?: bigint) => (dir: string) =>
+    writeRawSafetensors(weights(dir), { a: first, b: second }, new Uint8Array(bytes), claimed);
+  const f32 = (begin: number, end: number) => ({ dtype: "F32", shape: [4], data_offsets: [begin, end] });
+
+  const cases: readonly (readonly [name: string, dir: string, message: RegExp])[] = [
+    ["no folder", join(folder.path, "nowhere"), /no model folder .*nowhere/],
+    ["a file for a folder", written("file", "x"), /is a file, not a model folder/],
+    ["no config.json", tiny({}, (dir) => rmSync(join(dir, "config.json"))), /no file .*config\.json/],
+    [
+      "a config.json that is not JSON",
+      tiny({}, (dir) => writeFileSync(join(dir, "config.json"), "{")),
+      /not valid JSON/,
+    ],
+    [
+      "another architecture",
+      tiny({}, editConfig({ model_type: "llama" })),
+      /describes a "llama" model, not GPT-2/,
+    ],
+    [
+      "heads that do not divide",
+      tiny({}, editConfig({ n_head: 3 })),
+      /n_embd 8, which n_head 3 does not divide/,
+    ],
+    ["no tokenizer", tiny({}, (dir) => rmSync(join(dir, "tokenizer.json"))), /No tokenizer\.json in/],
+    ["no weights", tiny({}, (dir) => rmSync(weights(dir))), /no model\.safetensors or/],
+    ["a file cut short", tiny({}, (dir) => truncateSync(weights(dir), 9000)), /ends inside tensor/],
+    [
+      "a file cut short in its header",
+      tiny({}, (dir) => truncateSync(weights(dir), 100)),
+      /claims a header of/,
+    ],
+    [
+      "an empty file",
+      tiny({}, (dir) => truncateSync(weights(dir), 0)),
+      /not a safetensors file: it has 0 bytes/,
+    ],
+    [
+      "a header longer than the file",
+      tiny({}, raw(f32(0, 16), f32(16, 32), 32, 1n << 40n)),
+      /claims a header of 1099511627776/,
+    ],
+    ["tensors that overlap", tiny({}, raw(f32(0, 16), f32(8, 24), 24)), /Tensors "?a"? and "?b"? .*overlap/],
+    ["offsets beyond the file", tiny({}, raw(f32(0, 16), f32(16, 32), 24)), /ends inside tensor "?b"?/],
+    [
+      "a type that cannot be used",
+      tiny({ retype: { tensor: "wte.weight", dtype: "I32", bytesPerElement: 4 } }),
+      /wte\.weight.*I32/,
+    ],
+    ["a missing tensor", tiny({ omit: ["h.1.ln_1.bias"] }), /h\.1\.ln_1\.bias/],
+    ["a wrong shape", tiny({ reshape: { "h.0.attn.c_attn.weight": [24, 8] } }), /c_attn\.weight.*24/],
+    ["a NaN", tiny({ inject: { tensor: "h.1.mlp.c_fc.weight", element: 3 } }), /NaN.*c_fc\.weight/],
+  ];
+  for (const [name, dir, message] of cases) {
+    test(`${name}: exit code 1`, async () => {
+      expectFailure(await runCli(["generate", "-m", dir, "-n", "1", "x"]), 1, message);
+    });
+  }
+
+  test("-v adds the stack", async () => {
+    const { code, stdout, notes } = await runCli(["generate", "-v", "-m", join(folder.path, "nowhere"), "x"]);
+    expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+    expect(notes).toMatch(/^error: .*\n\nhint: .*\n\nModelError: [^\n]*\n +at .*json_file\.ts:\d+/);
+  });
+});
+
+describe("the GPU", () => {
+  for (const runtime of runtimes) {
+    test(`no adapter on ${runtime}: exit code 3`, async () => {
+      const result = await runCli(["generate", "-m", model, "x"], { runtime, env: NO_DRIVER });
+      expectFailure(result, 3, /No Vulkan adapter was found.*\n\nhint: /);
+    });
+  }
+
+  test("no adapter of that name or number: exit code 3, with those there are", async () => {
+    expectFailure(
+      await runCli(["generate", "-m", model, "x", "--adapter", "nope"]),
+      3,
+      /`--adapter nope`\n\nhint: .*0: /,
+    );
+    expectFailure(await runCli(["generate", "-m", model, "x", "--adapter", "99"]), 3, /`--adapter 99`/);
+  });
+
+  const preload = join(import.meta.dir, "../support/lose_device.ts");
+  // Submissions: one for the prompt, then one for each token.
+  for (const [when, submissions] of [["while loading", 0], ["in prefill", 1], ["in decode", 4]] as const) {
+    test(`a device lost ${when}: exit code 1`, async () => {
+      const env = { LOSE_DEVICE_AFTER: String(submissions) };
+      const args = ["generate", "-m", model, "-n", "30", "--seed", "1", "x", "--ignore-eos"];
+      expectFailure(await runCli([...args, "--json"], { preload, env }), 1, /The GPU device was lost/);
+      const streamed = await runCli(args, { preload, env });
+      expect(streamed.code).toBe(1);
+      expect(withoutNotices(streamed.notes)).toMatch(
+        /^\n?error: The GPU device was lost[^\n]*\n\nhint: [^\n]*\n$/,
+      );
+      expect(streamed.stdout.length).toBeLessThanOrEqual(Math.max(0, submissions - 1));
+    });
+  }
+});

@@ -1,0 +1,249 @@
+/** `generate` as users run it: a process, pipes, exit codes. Tiny models, for software Vulkan's sake. */
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { temporaryFolder } from "../support/checkpoint.ts";
+import {
+  denoTest,
+  RUN_TIMEOUT_MS,
+  runCli,
+  type RunResult,
+  runShell,
+  withoutNotices,
+  writeTinyModel,
+} from "../support/cli.ts";
+
+setDefaultTimeout(2 * RUN_TIMEOUT_MS);
+
+/** What `--json` prints, as the documentation has it. */
+interface Report {
+  readonly text: string;
+  readonly prompt_tokens: number;
+  readonly tokens: number[];
+  readonly finish_reason: string;
+  readonly seed: number;
+  readonly logprobs?: {
+    id: number;
+    token: string;
+    logprob: number;
+    top: { id: number; logprob: number }[];
+  }[];
+  readonly timings: Record<string, number | null>;
+  readonly memory: Record<string, number>;
+}
+
+const folder = temporaryFolder();
+afterAll(folder.remove);
+const model = writeTinyModel(join(folder.path, "tiny")).dir;
+const base = ["generate", "-m", model, "-n", "12", "--seed", "5"];
+
+async function generated(args: readonly string[], options?: Parameters<typeof runCli>[1]): Promise<Report> {
+  const result = await runCli([...args, "--json"], options);
+  expect(result).toMatchObject({ code: 0, notes: expect.not.stringContaining("error") });
+  return JSON.parse(result.stdout);
+}
+
+function written(name: string, content: string | Uint8Array): string {
+  const path = join(folder.path, name);
+  writeFileSync(path, content);
+  return path;
+}
+
+const TIMINGS =
+  /^prompt 5 tokens, [\d,.]+ tokens\/s; generated (\d+), .* of GPU memory; seed \d+; finished: (\w+)\n$/;
+
+describe("generate", () => {
+  let report: Report;
+  beforeAll(async () => {
+    report = await generated([...base, "hello"]);
+  });
+
+  test("--json has the documented keys, with sane numbers", () => {
+    expect(Object.keys(report).sort()).toEqual(
+      ["finish_reason", "memory", "prompt_tokens", "seed", "text", "timings", "tokens"],
+    );
+    expect(report).toMatchObject({ prompt_tokens: 5, finish_reason: "length", seed: 5 });
+    expect(report.tokens).toHaveLength(12);
+    expect(report.text).toHaveLength(12);
+    expect(Object.keys(report.timings)).toEqual([
+      "load_ms",
+      "tokenize_ms",
+      "first_token_ms",
+      "prefill_ms",
+      "prefill_tokens_per_s",
+      "decode_ms",
+      "decode_tokens_per_s",
+    ]);
+    for (const value of Object.values(report.timings)) {
+      expect(value).toBeGreaterThan(0);
+      expect(value).toBeLessThan(1e6);
+    }
+    const { load_ms, first_token_ms, prefill_ms, prefill_tokens_per_s } = report.timings;
+    expect(first_token_ms!).toBeGreaterThan(load_ms! + prefill_ms!);
+    expect(prefill_tokens_per_s!).toBeCloseTo(5000 / prefill_ms!, 6);
+    const { peak_bytes, weights_bytes, kv_bytes, activations_bytes, bytes_per_token } = report
+      .memory as Record<
+        "peak_bytes" | "weights_bytes" | "kv_bytes" | "activations_bytes" | "bytes_per_token",
+        number
+      >;
+    expect(Object.keys(report.memory)).toHaveLength(5);
+    expect(bytes_per_token).toBe(2 * 2 * 8 * 4); // K and V, layers, width, f32
+    expect(kv_bytes).toBeGreaterThanOrEqual((5 + 12) * bytes_per_token);
+    expect(weights_bytes).toBeGreaterThanOrEqual(4 * 97 * 8);
+    expect(peak_bytes).toBeGreaterThanOrEqual(weights_bytes + kv_bytes + activations_bytes);
+  });
+
+  test("streams the text of --json, and the timings go to stderr", async () => {
+    const { code, stdout, stderr, notes } = await runCli([...base, "hello"]);
+    expect(stdout).toBe(`${report.text}\n`);
+    expect(withoutNotices(notes)).toMatch(TIMINGS);
+    expect(stdout + stderr).not.toContain("\x1b");
+    expect(stdout + stderr).not.toContain("\r");
+    expect(code).toBe(0);
+  });
+
+  test("another seed gives another text, a random one is reported and repeats", async () => {
+    expect((await generated([...base, "hello", "--seed", "6"])).text).not.toBe(report.text);
+    const random = await generated(["generate", "-m", model, "-n", "12", "hello"]);
+    const again = await generated([...base, "hello", "--seed", String(random.seed)]);
+    expect(again.text).toBe(random.text);
+  });
+
+  test("-q leaves nothing on stderr but Dawn's own warnings", async () => {
+    const { stdout, notes } = await runCli([...base, "hello", "-q"]);
+    expect({ stdout, notes }).toEqual({ stdout: `${report.text}\n`, notes: "" });
+  });
+
+  test("greedy text does not depend on the seed, and --logprobs explains it", async () => {
+    const greedy = await generated([...base, "hello", "--temperature", "0", "--logprobs", "3"]);
+    const again = await generated([...base, "hello", "--temperature", "0", "--seed", "9"]);
+    expect(again.tokens).toEqual(greedy.tokens);
+    expect(greedy.logprobs!.map((entry) => entry.id)).toEqual(greedy.tokens);
+    expect(greedy.logprobs!.map((entry) => entry.token).join("")).toBe(greedy.text);
+    for (const { id, logprob, top } of greedy.logprobs!) {
+      expect(top).toHaveLength(3);
+      expect(top[0]).toMatchObject({ id, logprob });
+      expect(top[0]!.logprob).toBeLessThan(0);
+      expect(top[1]!.logprob).toBeLessThanOrEqual(top[0]!.logprob);
+      expect(top[2]!.logprob).toBeLessThanOrEqual(top[1]!.logprob);
+      expect(top.reduce((sum, entry) => sum + Math.exp(entry.logprob), 0)).toBeLessThan(1 + 1e-9);
+    }
+  });
+
+  test("the prompt may come from a file, a pipe, - or as ids", async () => {
+    const file = written("prompt.txt", "hello\n");
+    const ids = written("ids.json", JSON.stringify([..."hello"].map((char) => char.charCodeAt(0) - 0x20)));
+    const results = [
+      await generated([...base, "-f", file]),
+      await generated(base, { stdin: "hello\n" }),
+      await generated([...base, "-"], { stdin: "hello" }),
+      await generated([...base, "-f", "-"], { stdin: "hello\r\n" }),
+      await generated([...base, "--ids", ids]),
+      await generated([...base, "--ids", "-"], { stdin: readFileSync(ids) }),
+    ];
+    for (const { text, prompt_tokens } of results) {
+      expect({ text, prompt_tokens }).toEqual({ text: report.text, prompt_tokens: 5 });
+    }
+    expect(results[4]!.timings["tokenize_ms"]).toBeNull();
+  });
+
+  test("a prompt that looks like a number or a flag is text", async () => {
+    expect((await generated(["generate", "-m", model, "-n", "0", "42"])).prompt_tokens).toBe(2);
+    const { stdout } = await runCli(["generate", "-m", model, "-n", "0", "--json", "--", "-5 degrees"]);
+    expect(JSON.parse(stdout).prompt_tokens).toBe(10);
+  });
+
+  test("--stop ends before its text, in the stream as in --json", async () => {
+    const stop = report.text.slice(6, 8);
+    const args = [...base, "hello", "--stop", "never there", "--stop", stop];
+    const stopped = await generated(args);
+    expect(stopped).toMatchObject({
+      text: report.text.slice(0, report.text.indexOf(stop)),
+      finish_reason: "stop",
+    });
+    expect((await runCli(args)).stdout).toBe(`${stopped.text}\n`);
+  });
+
+  test("the end-of-text token ends it, --ignore-eos goes on", async () => {
+    const greedy = ["--temperature", "0", "-n", "6", "hello"];
+    const { tokens } = await generated([...base, ...greedy]);
+    const eos = tokens[0]!;
+    const ending = writeTinyModel(join(folder.path, "eos"), { config: { eosTokenId: [eos] } }).dir;
+    const ended = await generated([...base, "-m", ending, ...greedy]);
+    expect(ended).toMatchObject({ text: "", tokens: [], finish_reason: "eos" });
+    expect(ended.timings).toMatchObject({ first_token_ms: null, decode_ms: null, decode_tokens_per_s: null });
+    const ignored = await generated([...base, "-m", ending, ...greedy, "--ignore-eos"]);
+    expect(ignored).toMatchObject({ tokens, finish_reason: "length" });
+  });
+
+  test("the context's end is an end like -n, and -n 0 prints nothing", async () => {
+    const long = await generated(["generate", "-m", model, "-n", "100", "hello", "--seed", "5"]);
+    expect(long.finish_reason).toBe("length");
+    expect(long.tokens).toHaveLength(64 - 5 + 1); // the last one needs no position
+    expect(long.text.startsWith(report.text)).toBe(true);
+    expect((await runCli([...base, "-n", "0", "hello"])).stdout).toBe("");
+  });
+
+  test("a model without a tokenizer continues ids with ids", async () => {
+    const dir = writeTinyModel(join(folder.path, "ids only")).dir;
+    await Bun.file(join(dir, "tokenizer.json")).delete();
+    const { code, stdout } = await runCli([...base, "-m", dir, "--ids", "-"], {
+      stdin: "[72, 69, 76, 76, 79]",
+    });
+    expect({ code, stdout }).toEqual({ code: 0, stdout: `${report.tokens.join(" ")}\n` });
+  });
+
+  denoTest("Deno prints the same bytes as Bun", async () => {
+    const runtime = "deno";
+    const streamed = await runCli([...base, "hello"], { runtime });
+    expect(streamed).toMatchObject({ code: 0, stdout: `${report.text}\n` });
+    expect(withoutNotices(streamed.notes)).toMatch(TIMINGS);
+    expect(streamed.stdout + streamed.stderr).not.toContain("\x1b");
+    const piped = await generated([...base, "--logprobs", "2"], { runtime, stdin: "hello\n" });
+    const { logprobs } = await generated([...base, "hello", "--logprobs", "2"]);
+    expect(piped).toMatchObject({ text: report.text, tokens: report.tokens, logprobs });
+  });
+});
+
+describe("generate is ended", () => {
+  const endless = writeTinyModel(join(folder.path, "endless"), { config: { nPositions: 16384 } }).dir;
+  const args = ["generate", "-m", endless, "-n", "16000", "--seed", "5", "--ignore-eos", "hello"];
+
+  function checkInterrupted({ code, stdout, notes }: RunResult): void {
+    expect(code).toBe(130);
+    expect(stdout).toMatch(/^[\x20-\x7e\n]+\n$/);
+    const [, count, reason] = TIMINGS.exec(withoutNotices(notes))!;
+    expect(reason).toBe("interrupt");
+    expect(stdout).toHaveLength(Number(count) + 1);
+  }
+
+  test("by SIGINT: cleanly, with the timings and exit code 130", async () => {
+    checkInterrupted(await runCli(args, { signal: "SIGINT" }));
+  });
+
+  denoTest("by SIGINT on Deno", async () => {
+    checkInterrupted(await runCli(args, { signal: "SIGINT", runtime: "deno" }));
+  });
+
+  test("by SIGTERM: at once", async () => {
+    const { signal, notes } = await runCli(args, { signal: "SIGTERM" });
+    expect({ signal, notes: withoutNotices(notes) }).toEqual({ signal: "SIGTERM", notes: "" });
+  });
+
+  test("by a reader that has seen enough: quietly", async () => {
+    const { stdout, notes } = await runShell('{ "$@"; echo "status $?" >&2; } | head -c 20', args);
+    expect(stdout).toHaveLength(20);
+    expect(withoutNotices(notes)).toBe("status 0\n");
+    const json = await runShell('{ "$@" --json -n 1; echo "status $?" >&2; } | true', args);
+    expect(withoutNotices(json.notes)).toBe("status 0\n");
+  });
+
+  denoTest("by a reader that has seen enough, on Deno", async () => {
+    const runtime = "deno";
+    const { stdout, notes } = await runShell('{ "$@"; echo "status $?" >&2; } | head -c 20', args, {
+      runtime,
+    });
+    expect(stdout).toHaveLength(20);
+    expect(withoutNotices(notes)).toBe("status 0\n");
+  });
+});

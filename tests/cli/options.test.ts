@@ -1,0 +1,193 @@
+import { describe, expect, test } from "bun:test";
+import { type GenerateOptions, parseOptions } from "../../src/cli/options.ts";
+import { UsageError } from "../../src/runtime/errors.ts";
+
+function parsed(...args: string[]): GenerateOptions {
+  return parseOptions(["generate", ...args]) as GenerateOptions;
+}
+
+function refusal(args: readonly string[]): UsageError {
+  try {
+    parseOptions(args);
+  } catch (error) {
+    if (error instanceof UsageError) return error;
+    throw error;
+  }
+  throw new Error(`${JSON.stringify(args)} was accepted`);
+}
+
+describe("parseOptions accepts", () => {
+  test("a prompt alone, with every default", () => {
+    expect(parsed("Once upon a time")).toEqual({
+      command: "generate",
+      prompt: "Once upon a time",
+      file: undefined,
+      ids: undefined,
+      model: undefined,
+      context: undefined,
+      dtype: "auto",
+      adapter: undefined,
+      fallbackAdapter: false,
+      json: false,
+      quiet: false,
+      verbose: 0,
+      maxTokens: 128,
+      temperature: 0.8,
+      topK: 40,
+      topP: 0.95,
+      minP: 0,
+      repeatPenalty: 1,
+      seed: undefined,
+      stop: [],
+      ignoreEos: false,
+      logprobs: undefined,
+      profile: false,
+    });
+  });
+
+  test("every option, in short and long form, with = and with a space, before and after the prompt", () => {
+    const options = parsed(
+      ...["-m", "dir", "--dtype=f32", "--adapter", "llvmpipe", "--fallback-adapter", "--json", "-q"],
+      ...[
+        "-n",
+        "0",
+        "-c",
+        "16k",
+        "--temperature",
+        "0",
+        "--top-k=0",
+        "a prompt",
+        "--top-p",
+        "1",
+        "--min-p",
+        ".05",
+      ],
+      ...["--repeat-penalty", "1.1", "--seed", "-7", "--ignore-eos", "--logprobs", "5", "--profile"],
+    );
+    expect(options).toMatchObject({
+      model: "dir",
+      dtype: "f32",
+      adapter: "llvmpipe",
+      fallbackAdapter: true,
+      json: true,
+      quiet: true,
+      maxTokens: 0,
+      context: 16384,
+      temperature: 0,
+      topK: 0,
+      prompt: "a prompt",
+      topP: 1,
+      minP: 0.05,
+      repeatPenalty: 1.1,
+      seed: -7,
+      ignoreEos: true,
+      logprobs: 5,
+      profile: true,
+    });
+    expect(Object.isFrozen(options)).toBe(true);
+  });
+
+  test("short options with their values attached, and several at once", () => {
+    expect(parsed("-n3", "5")).toMatchObject({ maxTokens: 3, prompt: "5" });
+    expect(parsed("-n=3", "5")).toMatchObject({ maxTokens: 3, prompt: "5" });
+    expect(parsed("-qvn", "3", "5")).toMatchObject({ quiet: true, verbose: 1, maxTokens: 3, prompt: "5" });
+    expect(parsed("-qn3", "5")).toMatchObject({ quiet: true, maxTokens: 3, prompt: "5" });
+    expect(parsed("-m=a=b", "x").model).toBe("a=b");
+  });
+
+  test("texts that look like numbers, switches or assignments as they are", () => {
+    expect(parsed("42").prompt).toBe("42");
+    expect(parsed("007").prompt).toBe("007");
+    expect(parsed("1e3").prompt).toBe("1e3");
+    expect(parsed("true").prompt).toBe("true");
+    expect(parsed("--", "-5 degrees").prompt).toBe("-5 degrees");
+    expect(parsed("-n", "3", "--", "--seed").prompt).toBe("--seed");
+    expect(parsed("a=b").prompt).toBe("a=b");
+    expect(parsed("-").prompt).toBe("-");
+    expect(parsed("generate").prompt).toBe("generate");
+    expect(parsed("--stop", "007", "x").stop).toEqual(["007"]);
+    expect(parsed("--stop", "-1", "x").stop).toEqual(["-1"]);
+    expect(parsed("--stop", "--json", "x")).toMatchObject({ stop: ["--json"], json: false });
+    expect(parsed("--stop=a=b", "x").stop).toEqual(["a=b"]);
+    expect(parsed("-m", "1", "x").model).toBe("1");
+    expect(parsed("--adapter", "0", "x").adapter).toBe("0");
+  });
+
+  test("--stop several times, the last of other repeated options, and -v as often as it is given", () => {
+    expect(parsed("--stop", "1", "--stop", "\n", "x").stop).toEqual(["1", "\n"]);
+    expect(parsed("-n", "1", "-n", "2", "x").maxTokens).toBe(2);
+    expect(parsed("-v", "x").verbose).toBe(1);
+    expect(parsed("-vv", "x").verbose).toBe(2);
+    expect(parsed("-v", "-v", "x").verbose).toBe(2);
+  });
+
+  test("a prompt behind any switch", () => {
+    for (const flag of ["--fallback-adapter", "--json", "-q", "--quiet", "-v", "--ignore-eos", "--profile"]) {
+      expect({ flag, prompt: parsed(flag, "a prompt").prompt }).toEqual({ flag, prompt: "a prompt" });
+    }
+  });
+
+  test("no prompt: it comes from standard input", () => {
+    expect(parsed()).toMatchObject({ prompt: undefined, file: undefined, ids: undefined });
+  });
+
+  test("the other commands", () => {
+    expect(parseOptions(["info", "--json"])).toMatchObject({ command: "info", json: true });
+    expect(parseOptions(["inspect", "a/folder"])).toMatchObject({ command: "inspect", path: "a/folder" });
+    expect(parseOptions(["inspect", "12"])).toMatchObject({ path: "12" });
+  });
+});
+
+describe("parseOptions refuses", () => {
+  const cases: readonly (readonly [name: string, args: readonly string[], message: RegExp])[] = [
+    ["an unknown command", ["generat", "x"], /no command `generat`/],
+    ["a number as a command", ["7"], /no command `7`/],
+    ["the name of an inherited property", ["toString"], /no command `toString`/],
+    ["options without a command", ["--json"], /no command in `longform --json`/],
+    ["an unknown option", ["generate", "x", "--sed", "1"], /no option `--sed`/],
+    ["an unknown short option", ["generate", "x", "-z"], /no option `-z`/],
+    ["another command's option", ["info", "--seed", "1"], /no option `--seed`/],
+    ["a name in camel case", ["generate", "x", "--maxTokens=3"], /no option `--maxTokens`/],
+    ["a negated option", ["generate", "x", "--no-seed"], /no option `--no-seed`/],
+    ["a dotted option", ["generate", "x", "--stop.a"], /no option `--stop.a`/],
+    ["the name of an inherited property as an option", ["generate", "x", "--constructor"], /`--constructor`/],
+    ["three hyphens", ["generate", "x", "---"], /no option `---`/],
+    ["an unknown option among short ones", ["generate", "x", "-qzv"], /no option `-z`/],
+    ["a value for a switch", ["generate", "x", "--json=false"], /`--json` takes no value/],
+    ["a missing value", ["generate", "x", "--seed"], /`--seed` needs a value/],
+    ["a missing value of a short option", ["generate", "x", "-n"], /`-n` needs a value/],
+    ["--temperature -1", ["generate", "x", "--temperature", "-1"], /`--temperature -1`.*a number from 0/],
+    ["--temperature Infinity", ["generate", "x", "--temperature", "Infinity"], /`--temperature Infinity`/],
+    ["--temperature hot", ["generate", "x", "--temperature", "hot"], /`--temperature hot`/],
+    ["an empty --temperature", ["generate", "x", "--temperature", ""], /`--temperature `/],
+    ["--top-p 0", ["generate", "x", "--top-p", "0"], /`--top-p 0`.*above 0 and at most 1/],
+    ["--top-p 1.1", ["generate", "x", "--top-p", "1.1"], /`--top-p 1.1`/],
+    ["--top-k -1", ["generate", "x", "--top-k", "-1"], /`--top-k -1`.*whole number from 0/],
+    ["--top-k 1.5", ["generate", "x", "--top-k", "1.5"], /`--top-k 1.5`/],
+    ["--min-p 2", ["generate", "x", "--min-p", "2"], /`--min-p 2`.*from 0 to 1/],
+    ["--repeat-penalty 0", ["generate", "x", "--repeat-penalty", "0"], /`--repeat-penalty 0`/],
+    ["-n x", ["generate", "x", "-n", "x"], /`--max-tokens x`.*whole number from 0/],
+    ["-n -1", ["generate", "x", "-n", "-1"], /`--max-tokens -1`/],
+    ["-c 0", ["generate", "x", "-c", "0"], /`--context 0`/],
+    ["-c 1.5k", ["generate", "x", "-c", "1.5k"], /`--context 1.5k`/],
+    ["--seed 1.5", ["generate", "x", "--seed", "1.5"], /`--seed 1.5`.*whole number/],
+    ["--seed 1e99", ["generate", "x", "--seed", "1e99"], /`--seed 1e99`/],
+    ["--dtype f64", ["generate", "x", "--dtype", "f64"], /`--dtype f64` is not one of auto, f16, f32/],
+    ["--stop with nothing", ["generate", "x", "--stop", ""], /`--stop` is empty/],
+    ["--logprobs without --json", ["generate", "x", "--logprobs", "2"], /add `--json`/],
+    ["an empty prompt", ["generate", ""], /prompt is empty/],
+    ["two prompts", ["generate", "once", "upon"], /does not take "upon"/],
+    ["a prompt and a file", ["generate", "x", "-f", "y"], /several prompts/],
+    ["a file and ids", ["generate", "-f", "x", "--ids", "y"], /several prompts/],
+    ["an argument to info", ["info", "x"], /does not take "x"/],
+    ["inspect without a model", ["inspect"], /needs a model/],
+  ];
+  for (const [name, args, message] of cases) {
+    test(name, () => {
+      const error = refusal(args);
+      expect(error.message).toMatch(message);
+      expect(error.message).not.toMatch(/[\n\0]|\.$/);
+      expect(error.exitCode).toBe(2);
+    });
+  }
+});
