@@ -19,9 +19,9 @@ async function run(options: Options): Promise<number> {
 }
 
 async function main(args: readonly string[]): Promise<number> {
-  const isVerbose = args.some((arg) => /^(-v+|--verbose)$/.test(arg));
+  let options: Options | undefined;
   try {
-    const options = parseOptions(args);
+    options = parseOptions(args);
     return options ? await run(options) : 0;
   } catch (error) {
     if (error instanceof ClosedPipe) return 0;
@@ -29,7 +29,7 @@ async function main(args: readonly string[]): Promise<number> {
     writeNote(`error: ${error instanceof Error ? error.message : String(error)}`);
     const hint = known ? error.hint : "this is a bug in longform; `-v` shows where it happened";
     if (hint) writeNote(`\nhint: ${hint}`);
-    if (isVerbose && error instanceof Error) writeNote(`\n${error.stack}`);
+    if (options?.verbose && error instanceof Error) writeNote(`\n${error.stack}`);
     return known ? error.exitCode : 1;
   }
 }

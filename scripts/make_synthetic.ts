@@ -1,6 +1,6 @@
 /**
  * Writes a synthetic checkpoint (see src/model/synthetic.ts) as model.safetensors and config.json:
- *   bun scripts/make_synthetic.ts gpt2-medium /tmp/synthetic-medium --positions 65536
+ *   bun scripts/make_synthetic.ts gpt2-medium weights/synthetic-medium --positions 65536
  * There is no tokenizer.json: give it prompts as token ids (`--ids`).
  */
 import { mkdir, open, rename, writeFile } from "node:fs/promises";

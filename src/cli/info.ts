@@ -1,5 +1,4 @@
 /** `info`: the adapters of this machine, what they can do, and which kernels would run. */
-import process from "node:process";
 import { type Choice, explainChoices } from "../kernels/index.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import { kernelShape, largestContext } from "../model/memory_plan.ts";
@@ -8,8 +7,9 @@ import { type Capabilities, listAdapters } from "../runtime/device.ts";
 import { LongformError } from "../runtime/errors.ts";
 import { describeSubgroups } from "../runtime/kernel.ts";
 import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
-import { type InfoOptions, VERSION } from "./options.ts";
+import type { InfoOptions } from "./options.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
+import { runtimeName, VERSION } from "./version.ts";
 
 /** What `--json` prints. */
 interface InfoReport {
@@ -63,13 +63,6 @@ async function collect(options: InfoOptions, model: string, config: GPT2Config):
     const problem = { message: error.message, hint: error.hint ?? null };
     return { ...common, chosen: null, problem, dtype: null, largest_context: null, kernels: [] };
   }
-}
-
-function runtimeName(): string {
-  const { versions } = process;
-  if (versions["bun"]) return `Bun ${versions["bun"]}`;
-  if (versions["deno"]) return `Deno ${versions["deno"]}`;
-  return `Node ${versions["node"]}`;
 }
 
 function formatInfo(report: InfoReport): string {

@@ -5,8 +5,8 @@
  */
 import { type CAC, cac, type Command } from "cac";
 import { UsageError } from "../runtime/errors.ts";
-
-export const VERSION = "0.1.0";
+import { writeResult } from "./output.ts";
+import { runtimeName, VERSION } from "./version.ts";
 
 /** Options that every command takes. */
 export interface CommonOptions {
@@ -298,19 +298,19 @@ export function parseOptions(args: readonly string[]): Options | undefined {
   cli.help((sections) => {
     sections.splice(1, 0, { title: "Try", body: `  $ ${COMMANDS.generate.examples[0]}` });
   });
-  cli.version(VERSION, "--version");
+  cli.option("--version", "Show the version and the runtime");
   for (const name of Object.keys(COMMANDS) as CommandName[]) declare(cli, name);
 
   // The command is the first argument that is not a flag: before it only switches such as --version make sense.
   const at = args.findIndex((arg) => !arg.startsWith("-"));
   const name = at < 0 ? undefined : args[at]!;
   if (name === undefined) {
-    if (args.length === 0) cli.outputHelp();
-    else if (
-      cli.parse(["", "longform", ...args], { run: false }) && !cli.options["help"] && !cli.options["version"]
-    ) {
-      throw new UsageError(`There is no command in \`longform ${args.join(" ")}\``, { hint: commandsHint() });
-    }
+    const isHelp = args.length === 0 || args.some((arg) => arg === "-h" || arg === "--help");
+    if (isHelp) cli.outputHelp();
+    else if (args.includes("--version")) writeResult(`longform ${VERSION} (${runtimeName()})\n`);
+    else {throw new UsageError(`There is no command in \`longform ${args.join(" ")}\``, {
+        hint: commandsHint(),
+      });}
     return undefined;
   }
   if (!isCommand(name)) throw new UsageError(`There is no command \`${name}\``, { hint: commandsHint() });

@@ -1,7 +1,6 @@
 /** stdout carries results, stderr everything else; both are written synchronously, so nothing is lost at exit. */
 import { writeSync } from "node:fs";
 import process from "node:process";
-import type { CommonOptions } from "./options.ts";
 
 /** The reader of stdout has gone away: `| head` has seen enough. */
 export class ClosedPipe extends Error {}
@@ -48,7 +47,7 @@ export class ProgressLine {
   #shown = "";
   #lastMs = 0;
 
-  constructor(options: Pick<CommonOptions, "quiet">) {
+  constructor(options: { readonly quiet: boolean }) {
     this.#enabled = !options.quiet && process.stderr.isTTY === true;
   }
 
