@@ -1,7 +1,7 @@
 /** `generate`: a prompt in, streamed text out. */
 import process from "node:process";
 import { readConfig } from "../model/config.ts";
-import { type FinishReason, generate, type GenerationOptions } from "../model/generation.ts";
+import { type FinishReason, generate } from "../model/generation.ts";
 import { Gpt2 } from "../model/gpt2.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
@@ -77,6 +77,9 @@ export async function runGenerate(options: GenerateOptions): Promise<number> {
   const tokenizer = "text" in prompt || await hasFile(dir, "tokenizer.json")
     ? await loadTokenizer(dir)
     : undefined;
+  if (!tokenizer && options.stop.length > 0) {
+    throw new UsageError(`\`--stop\` needs a tokenizer, and ${dir} has none`);
+  }
   const tokenizing = performance.now();
   const ids = "ids" in prompt ? prompt.ids : tokenizer!.encode(prompt.text);
   const tokenizeMs = "ids" in prompt ? null : performance.now() - tokenizing;
@@ -107,8 +110,7 @@ export async function runGenerate(options: GenerateOptions): Promise<number> {
       elem,
       profiler,
       onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
-    });
-    progress.clear();
+    }).finally(() => progress.clear());
     const loadMs = performance.now() - loading;
     try {
       const result = await stream(model, ids, tokenizer, options, progress);
@@ -170,6 +172,51 @@ interface StreamResult {
   readonly timings: Omit<Timings, "load_ms" | "tokenize_ms">;
 }
 
+/** Where text goes: to stdout as it comes, unless the output is one JSON document at the end. */
+class TextOutput {
+  text = "";
+  isPipeClosed = false;
+  readonly #isStreaming: boolean;
+
+  constructor(isStreaming: boolean) {
+    this.#isStreaming = isStreaming;
+  }
+
+  emit(piece: string): void {
+    this.text += piece;
+    this.#write(piece);
+  }
+
+  /** Ends the last line on stdout; the newline is not part of the text. */
+  end(): void {
+    this.#write("\n");
+  }
+
+  #write(piece: string): void {
+    if (!this.#isStreaming || piece === "" || this.isPipeClosed) return;
+    try {
+      writeResult(piece);
+    } catch (error) {
+      if (!(error instanceof ClosedPipe)) throw error;
+      this.isPipeClosed = true;
+    }
+  }
+}
+
+/** Aborts on the first SIGINT and ends the process on the second, which does not wait for the work in flight. */
+function abortOnInterrupt(onHardExit: () => void): { controller: AbortController; stop: () => void } {
+  const controller = new AbortController();
+  const interrupt = () => {
+    if (controller.signal.aborted) {
+      onHardExit();
+      process.exit(130);
+    }
+    controller.abort();
+  };
+  process.on("SIGINT", interrupt);
+  return { controller, stop: () => process.off("SIGINT", interrupt) };
+}
+
 /** Generates and, unless the output is JSON, prints the text as it comes. */
 async function stream(
   model: Gpt2,
@@ -180,36 +227,19 @@ async function stream(
 ): Promise<StreamResult> {
   const seed = options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!;
   const { temperature, topK, topP, minP, repeatPenalty } = options;
-  let isInterrupted = false;
-  let isPipeClosed = false;
-  const interrupt = () => {
-    // A second signal does not wait for the step in flight.
-    if (isInterrupted) process.exit(130);
-    isInterrupted = true;
-  };
-  process.on("SIGINT", interrupt);
+  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const output = new TextOutput(!options.json);
   const starting = performance.now();
-  const settings: GenerationOptions = {
+  const generation = generate(model, ids, tokenizer?.bytesOf.bind(tokenizer), {
     maxTokens: options.maxTokens,
     sampling: { temperature, topK, topP, minP, repeatPenalty, seed },
     stop: options.stop,
     eosIds: options.ignoreEos ? [] : model.config.eosTokenId,
     logprobs: options.logprobs,
-    isInterrupted: () => isInterrupted || isPipeClosed,
+    signal: controller.signal,
     onPrefillProgress: (done, total) =>
       progress.show(prefillProgress(done, total, performance.now() - starting)),
-  };
-  let text = "";
-  const emit = (piece: string) => {
-    text += piece;
-    if (options.json || piece === "" || isPipeClosed) return;
-    try {
-      writeResult(piece);
-    } catch (error) {
-      if (!(error instanceof ClosedPipe)) throw error;
-      isPipeClosed = true;
-    }
-  };
+  });
 
   const tokens: number[] = [];
   const logprobs: (LogprobEntry & { top: LogprobEntry[] })[] = [];
@@ -217,45 +247,54 @@ async function stream(
     ...entry,
     token: tokenizer?.decode([entry.id]) ?? "",
   });
-  let firstTokenAt: number | null = null;
-  const generation = generate(model, ids, tokenizer?.bytesOf.bind(tokenizer), settings);
+  let firstTokenAt: number | undefined;
   try {
     for (;;) {
       const next = await generation.next();
       firstTokenAt ??= performance.now();
       progress.clear();
       if (next.done) {
-        emit(next.value.heldBack);
-        // Without a tokenizer ids are the result; a prompt of a shell belongs on a line of its own.
-        if (!options.json && (tokens.length > 0 || process.stdout.isTTY)) emit("\n");
-        const { finishReason } = next.value;
-        const decodeMs = tokens.length > 1 ? performance.now() - firstTokenAt : null;
-        const prefillMs = firstTokenAt - starting;
+        output.emit(next.value.heldBack);
+        if (tokens.length > 0) output.end();
         return {
-          text: options.json ? text : text.slice(0, -1),
+          text: output.text,
           tokens,
-          finishReason,
-          isPipeClosed,
+          finishReason: next.value.finishReason,
+          isPipeClosed: output.isPipeClosed,
           seed,
           logprobs: options.logprobs === undefined ? undefined : logprobs,
-          timings: {
-            first_token_ms: tokens.length > 0 ? firstTokenAt : null,
-            prefill_ms: prefillMs,
-            prefill_tokens_per_s: 1000 * ids.length / prefillMs,
-            decode_ms: decodeMs,
-            decode_tokens_per_s: decodeMs === null ? null : 1000 * (tokens.length - 1) / decodeMs,
-          },
+          timings: streamTimings(starting, firstTokenAt, ids.length, tokens.length),
         };
       }
-      const { id, text: piece, logprob, top } = next.value;
+      const { id, text, logprob, top } = next.value;
       tokens.push(id);
       if (logprob !== undefined && top) logprobs.push({ ...named({ id, logprob }), top: top.map(named) });
-      emit(tokenizer ? piece : `${tokens.length > 1 ? " " : ""}${id}`);
+      if (tokenizer) output.emit(text);
+      else if (!options.json) output.emit(`${tokens.length > 1 ? " " : ""}${id}`); // ids are the result then
+      if (output.isPipeClosed) controller.abort();
     }
   } finally {
-    process.off("SIGINT", interrupt);
+    stop();
     progress.clear();
   }
+}
+
+/** @param starting, firstTokenAt ms since the process started, which is when the clock of `performance` does */
+function streamTimings(
+  starting: number,
+  firstTokenAt: number,
+  promptTokens: number,
+  generated: number,
+): StreamResult["timings"] {
+  const prefillMs = firstTokenAt - starting;
+  const decodeMs = generated > 1 ? performance.now() - firstTokenAt : null;
+  return {
+    first_token_ms: generated > 0 ? firstTokenAt : null,
+    prefill_ms: prefillMs,
+    prefill_tokens_per_s: 1000 * promptTokens / prefillMs,
+    decode_ms: decodeMs,
+    decode_tokens_per_s: decodeMs === null ? null : 1000 * (generated - 1) / decodeMs,
+  };
 }
 
 function prefillProgress(done: number, total: number, elapsedMs: number): string {

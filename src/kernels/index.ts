@@ -85,7 +85,6 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
     attention: attentionCandidates(elem, heads, headDim4, unroll),
     decode: decodes.map((v) => op(splitKvAttention, v)),
-    // The same slices as `decode`'s: candidates of the two pair up by their place in the lists.
     combine: decodes.map((v) => op(combineSplits, { ...v })),
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),

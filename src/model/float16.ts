@@ -4,9 +4,8 @@
  * All views are little-endian, as safetensors files and every WebGPU host are. Narrowing to f16 rounds to nearest,
  * ties to even; a finite value that rounds past 65504 becomes an infinity and is reported as an overflow.
  */
+import type { Elem } from "../runtime/kernel.ts";
 import type { StoredDType } from "./weight_source.ts";
-
-export type ComputeDType = "f16" | "f32";
 
 /** What a scan of the elements found: flat element indexes, -1 where there is none. */
 export interface ElementScan {
@@ -148,7 +147,7 @@ function scanWith(
  * @returns `bytes` is `src` itself where the types agree, so it may share memory and be unaligned; otherwise it is new.
  * `firstOverflow` is -1 for `to: "f32"`, which holds every stored value.
  */
-export function convertElements(src: Uint8Array, from: StoredDType, to: ComputeDType): ConvertedElements {
+export function convertElements(src: Uint8Array, from: StoredDType, to: Elem): ConvertedElements {
   const scan = scanElements(src, from);
   if (to === "f32") {
     return { bytes: toF32(src, from), firstNonFinite: scan.firstNonFinite, firstOverflow: -1 };

@@ -15,8 +15,8 @@ export interface GenerationOptions {
   readonly eosIds: readonly number[];
   /** Also report the log-probability of each token and of this many likeliest ones. */
   readonly logprobs?: number | undefined;
-  /** Asked before each step; true ends the generation. */
-  readonly isInterrupted?: () => boolean;
+  /** Ends the generation, between two chunks of the prompt or before the next step, as an interruption. */
+  readonly signal?: AbortSignal;
   readonly onPrefillProgress?: PrefillOptions["onProgress"];
 }
 
@@ -43,17 +43,23 @@ export async function* generate(
   const decoder = bytesOf && new StreamDecoder({ bytesOf });
   const stops = new StopMatcher(options.stop);
   const seen = [...prompt];
-  let logits = await model.prefill(
-    prompt,
-    options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {},
-  );
   const finish = (finishReason: FinishReason) => {
     const tail = stops.push(decoder?.flush() ?? "");
     return { finishReason, heldBack: tail.emit + (tail.stopped ? "" : stops.flush()) };
   };
 
+  let logits: Float32Array;
+  try {
+    logits = await model.prefill(prompt, {
+      signal: options.signal,
+      ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
+    });
+  } catch (error) {
+    if (options.signal?.aborted && error === options.signal.reason) return finish("interrupt");
+    throw error;
+  }
   for (let step = 0; step < maxTokens; step++) {
-    if (options.isInterrupted?.()) return finish("interrupt");
+    if (options.signal?.aborted) return finish("interrupt");
     const id = sampler.next(logits, seen);
     if (eosIds.includes(id)) return finish("eos");
     seen.push(id);

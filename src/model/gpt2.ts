@@ -31,9 +31,11 @@ export interface Gpt2Options {
 }
 
 export interface PrefillOptions {
+  /** Ends the run between two chunks by throwing its reason; the tokens of the chunks before stay in the cache. */
+  readonly signal?: AbortSignal | undefined;
   /** Called as chunks complete on the GPU. */
   readonly onProgress?: (doneTokens: number, totalTokens: number) => void;
-  /** Sees every intermediate tensor: `embedding`, `block_0`, …, `ln_f`. */
+  /** Sees the residual stream after `embedding` and every `block_0`, `block_1`, …, and the last row after `ln_f`. */
   readonly tap?: Tap;
   /** Receives the logits `[rows, vocab]` of every token, in order; without it only the last row is computed. */
   readonly onLogits?: (firstToken: number, logits: Float32Array) => void;
@@ -69,33 +71,45 @@ export class Gpt2 {
   private constructor(
     gpu: Gpu,
     config: GPT2Config,
-    kernels: ModelKernels,
-    weights: Gpt2Weights,
     options: Gpt2Options,
+    parts: { kernels: ModelKernels; cache: KvCache; activations: Activations; weights: Gpt2Weights },
   ) {
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
-    this.#kernels = kernels;
-    this.#weights = weights;
     this.#profiler = options.profiler;
-    this.#cache = new KvCache(gpu, kvShape(config, options.elem), options.context);
-    this.#activations = allocateActivations(gpu, config, kernels, options);
+    this.#kernels = parts.kernels;
+    this.#cache = parts.cache;
+    this.#activations = parts.activations;
+    this.#weights = parts.weights;
     this.#logitsReadback = new Readback(gpu, "logits", 4 * config.vocabSize);
   }
 
   /**
    * Loads a checkpoint; pipelines compile while its weights stream to the GPU.
-   * @throws DoesNotFitError before anything is allocated when the context cannot fit
+   * @throws DoesNotFitError before anything is allocated when a layer's keys exceed a binding, and before any weight is
+   * read when cache and activations exceed the memory
    */
   static async load(gpu: Gpu, source: WeightSource, config: GPT2Config, options: Gpt2Options): Promise<Gpt2> {
     const { elem, context, onLoad } = options;
     checkContextFits(config, context, elem, gpu.caps);
     const checkpoint = resolveCheckpoint(source, config);
     const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps));
-    const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
-    await kernels.compiled;
-    return new Gpt2(gpu, config, kernels, weights, options);
+    const owned: { destroy(): void }[] = [];
+    try {
+      const cache = new KvCache(gpu, kvShape(config, elem), context);
+      owned.push(cache);
+      const activations = allocateActivations(gpu, config, kernels, options);
+      owned.push(...Object.values(activations));
+      await gpu.idle(); // reports memory that ran out
+      const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
+      owned.push(weights);
+      await kernels.compiled;
+      return new Gpt2(gpu, config, options, { kernels, cache, activations, weights });
+    } catch (error) {
+      for (const part of owned) part.destroy();
+      throw error;
+    }
   }
 
   /** Tokens whose keys and values are in the cache. */
@@ -122,6 +136,7 @@ export class Gpt2 {
     const chunkTokens = Math.min(options.chunkTokens ?? CHUNK_TOKENS, CHUNK_TOKENS);
     let submitted: Promise<void> | undefined;
     for (let first = 0; first < ids.length; first += chunkTokens) {
+      options.signal?.throwIfAborted();
       const tokens = Math.min(chunkTokens, ids.length - first);
       const isLast = first + tokens === ids.length;
       upload(this.#activations.ids, Uint32Array.from({ length: tokens }, (_, t) => ids[first + t]!));

@@ -218,7 +218,7 @@ class Loader {
           : (Math.floor((first + row) / rows.size) + 1) * rows.size;
         const run = Math.min(count, target.end - first, groupEnd - first) - row;
         const part = bytes.subarray(row * storedRowBytes, (row + run) * storedRowBytes);
-        upload(target.buffer, alignedBytes(part), target.row * storedRowBytes);
+        upload(target.buffer, onArrayBuffer(part), target.row * storedRowBytes);
         row += run;
       }
       await this.#account(slice.byteLength, bytes.byteLength);
@@ -277,7 +277,7 @@ function padRows(bytes: Uint8Array, columns: Axis, elementBytes: number): Uint8A
   return out;
 }
 
-/** `upload` wants a view on an ArrayBuffer; a view on shared memory is copied. */
-function alignedBytes(bytes: Uint8Array): Uint8Array<ArrayBuffer> {
+/** WebGPU does not take views on shared memory, which the types of the conversion allow for: such a one is copied. */
+function onArrayBuffer(bytes: Uint8Array): Uint8Array<ArrayBuffer> {
   return bytes.buffer instanceof ArrayBuffer ? bytes as Uint8Array<ArrayBuffer> : new Uint8Array(bytes);
 }

@@ -55,6 +55,14 @@ export class GpuBuffer {
   }
 }
 
+const TOO_LARGE_HINTS: Readonly<Record<Purpose, string>> = {
+  weights:
+    "a single matrix is too large for this device: use `--dtype f16` if this run is in f32, or another `--adapter`",
+  kv: "use a smaller `--context`, or `--dtype f16` if this run is in f32",
+  activations: "use a smaller `--context`, or `--dtype f16` if this run is in f32",
+  staging: "use another `--adapter`",
+};
+
 /**
  * Creates a storage buffer that a kernel can bind whole.
  * @throws DoesNotFitError when it is larger than the device can allocate or bind
@@ -66,7 +74,7 @@ export function createBuffer(gpu: Gpu, label: string, purpose: Purpose, byteLeng
       `Cannot bind "${label}": it needs ${formatBytes(byteLength)}, this device binds at most ${
         formatBytes(most)
       }`,
-      { hint: "use a smaller `--context`, or `--dtype f16` if this run is in f32" },
+      { hint: TOO_LARGE_HINTS[purpose] },
     );
   }
   const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;

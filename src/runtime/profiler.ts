@@ -1,4 +1,5 @@
 /** GPU time by kernel, from timestamp queries around single-dispatch passes. */
+import { GpuBuffer } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
 
 /** Dispatches timed in one submission; later ones run untimed and are counted in `dropped`. */
@@ -17,8 +18,8 @@ export interface KernelTime {
 export class Profiler {
   readonly #gpu: Gpu;
   readonly #querySet: GPUQuerySet;
-  readonly #resolved: GPUBuffer;
-  readonly #readback: GPUBuffer;
+  readonly #resolved: GpuBuffer;
+  readonly #readback: GpuBuffer;
   #names: string[] = [];
   readonly #totals = new Map<string, { calls: number; gpuMs: number }>();
   #dropped = 0;
@@ -27,16 +28,10 @@ export class Profiler {
     this.#gpu = gpu;
     this.#querySet = gpu.device.createQuerySet({ type: "timestamp", count: 2 * CAPACITY });
     const size = 16 * CAPACITY;
-    this.#resolved = gpu.device.createBuffer({
-      label: "timestamps",
-      size,
-      usage: GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC,
-    });
-    this.#readback = gpu.device.createBuffer({
-      label: "readback of timestamps",
-      size,
-      usage: GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST,
-    });
+    const resolveUsage = GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC;
+    const readUsage = GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
+    this.#resolved = new GpuBuffer(gpu, "timestamps", "staging", size, resolveUsage);
+    this.#readback = new GpuBuffer(gpu, "readback of timestamps", "staging", size, readUsage);
   }
 
   /** Reserves two queries for a dispatch; undefined when the submission has used them up. */
@@ -57,23 +52,24 @@ export class Profiler {
   /** Records the copy of this submission's timestamps. */
   resolve(encoder: GPUCommandEncoder): void {
     if (this.#names.length === 0) return;
-    encoder.resolveQuerySet(this.#querySet, 0, 2 * this.#names.length, this.#resolved, 0);
-    encoder.copyBufferToBuffer(this.#resolved, 0, this.#readback, 0, 16 * this.#names.length);
+    encoder.resolveQuerySet(this.#querySet, 0, 2 * this.#names.length, this.#resolved.handle, 0);
+    encoder.copyBufferToBuffer(this.#resolved.handle, 0, this.#readback.handle, 0, 16 * this.#names.length);
   }
 
   /** Waits for the last submission and adds its times; call once after each. */
   async collect(): Promise<void> {
     if (this.#names.length === 0) return;
     const size = 16 * this.#names.length;
-    await this.#gpu.wait(this.#readback.mapAsync(GPUMapMode.READ, 0, size));
-    const ticks = new BigUint64Array(this.#readback.getMappedRange(0, size));
+    const { handle } = this.#readback;
+    await this.#gpu.wait(handle.mapAsync(GPUMapMode.READ, 0, size));
+    const ticks = new BigUint64Array(handle.getMappedRange(0, size));
     this.#names.forEach((name, i) => {
       const total = this.#totals.get(name) ?? { calls: 0, gpuMs: 0 };
       total.calls++;
       total.gpuMs += Number((ticks[2 * i + 1] ?? 0n) - (ticks[2 * i] ?? 0n)) / 1e6;
       this.#totals.set(name, total);
     });
-    this.#readback.unmap();
+    handle.unmap();
     this.#names = [];
   }
 

@@ -121,6 +121,9 @@ describe("lm_head", () => {
         await checkLmHead(c, { rows: 1, inner: 68, vocab: 257 }, [1, 64, 65]);
         await checkLmHead(c, { rows: 9, inner: 68, vocab: 257 }, [100, 163]);
       });
+      test(`${title} matches the f64 reference past a grid dimension's 65,535 tiles of tokens`, async () => {
+        await checkLmHead(c, { rows: 1, inner: 4, vocab: 8 * 65_535 + 9 });
+      });
       test(`${title}: ten runs are bit-identical`, async () => {
         const size = { rows: 9, inner: 192, vocab: 257 };
         await expectTenIdenticalRuns(() => runLmHead(c, size, inputs(elem, size), [97]));

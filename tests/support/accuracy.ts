@@ -71,7 +71,8 @@ export function maxAbsDifference(got: ArrayLike<number>, wanted: ArrayLike<numbe
   for (let i = 0; i < wanted.length; i++) {
     const error = Math.abs(got[i]! - wanted[i]!);
     // A NaN anywhere is the result: it compares false with every bound.
-    if (!(error <= largest)) largest = error;
+    if (Number.isNaN(error)) return NaN;
+    if (error > largest) largest = error;
   }
   return largest;
 }
@@ -358,8 +359,9 @@ function splitRows(
   }
 }
 
+/** The largest of some magnitudes; NaN if one of them is. */
 function largest(values: readonly number[]): number {
-  return values.reduce((a, b) => (a >= b ? a : b), 0);
+  return values.reduce((a, b) => Math.max(a, b), 0);
 }
 
 export function argmax(row: Float32Array): number {

@@ -69,14 +69,16 @@ export const combineSplits: Kernel<FlashDecodeVariant, FlashDecodeProblem> = {
   grid: (v) => [v.heads, 1, 1],
 };
 
-/** In order of preference; a head needs one lane for every four columns. */
+/** Keys of a slice: the same for every variant, so that any of them goes with any `combine`. */
+const SPLIT = 256;
+
+/** The variant for a head's width: a lane for every four columns, at least 128 to share the keys. */
 export function flashDecodeVariants(
   elem: Elem,
   heads: number,
   headDim4: number,
   unroll: boolean,
 ): FlashDecodeVariant[] {
-  return [128, 256, 1024]
-    .filter((lanes) => lanes >= headDim4)
-    .map((lanes) => ({ elem, heads, headDim4, split: 256, lanes, unroll }));
+  const lanes = [128, 256, 1024].find((n) => n >= headDim4);
+  return lanes === undefined ? [] : [{ elem, heads, headDim4, split: SPLIT, lanes, unroll }];
 }

@@ -1,6 +1,6 @@
-import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import { type Elem, type Grid, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import type { RowRange } from "../embedding/embedding.ts";
-import { tripsHelper, unrollConst } from "../shared/shared.ts";
+import { foldGrid, GRID_FOLD, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import splitDotText from "./split_dot.wgsl" with { type: "text" };
 import subgroupText from "./subgroup.wgsl" with { type: "text" };
@@ -46,6 +46,12 @@ const common = {
   }),
 } as const;
 
+/** Tiles of tokens folded into x and z, because a large vocabulary has more than a dimension holds; rows along y. */
+function tileGrid(tokenTiles: number, rowTiles: number): Grid {
+  const [x, z] = foldGrid(tokenTiles);
+  return [x, rowTiles, z];
+}
+
 /** `logits[rows, vocab] = x · headᵀ` in f32, for one piece of the head. */
 export const splitDotLmHead: Kernel<SplitDotVariant, LmHeadProblem> = {
   name: "lm_head/split_dot",
@@ -53,11 +59,11 @@ export const splitDotLmHead: Kernel<SplitDotVariant, LmHeadProblem> = {
   ...common,
   header: (v) => ({
     aliases: { elem: v.elem },
-    consts: { ROWS: v.rows, VOCAB_TILE: v.vocabTile, LANES_PER_TOKEN: v.lanesPerToken },
+    consts: { ROWS: v.rows, VOCAB_TILE: v.vocabTile, LANES_PER_TOKEN: v.lanesPerToken, GRID_FOLD },
   }),
   workgroupBytes: (v) => 4 * v.rows * v.vocabTile * v.lanesPerToken, // partial
   workgroupInvocations: (v) => v.vocabTile * v.lanesPerToken,
-  grid: (v, p) => [Math.ceil(p.piece.rows / v.vocabTile), Math.ceil(p.rows / v.rows), 1],
+  grid: (v, p) => tileGrid(Math.ceil(p.piece.rows / v.vocabTile), Math.ceil(p.rows / v.rows)),
 };
 
 /** The same for many rows, on software Vulkan. */
@@ -65,10 +71,14 @@ export const subgroupLmHead: Kernel<SubgroupLmHeadVariant, LmHeadProblem> = {
   name: "lm_head/subgroup",
   sources: [bindings, { file: "lm_head/subgroup.wgsl", text: subgroupText }, tripsHelper],
   ...common,
-  header: (v) => ({ aliases: { elem: v.elem }, subgroup: v.subgroup, consts: unrollConst(v.unroll) }),
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    subgroup: v.subgroup,
+    consts: { ...unrollConst(v.unroll), GRID_FOLD },
+  }),
   workgroupBytes: () => 0,
   workgroupInvocations: (v) => v.subgroup,
-  grid: (v, p) => [Math.ceil(p.piece.rows / v.subgroup), Math.ceil(p.rows / v.subgroup), 1],
+  grid: (v, p) => tileGrid(Math.ceil(p.piece.rows / v.subgroup), Math.ceil(p.rows / v.subgroup)),
 };
 
 /** For one row, as in decoding: it reads the head once. */

@@ -6,7 +6,8 @@ var<workgroup> partial: array<f32, ROWS * LANES>;       // [ROWS, VOCAB_TILE, LA
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index) lane: u32) {
-    let token = workgroup.x * VOCAB_TILE + lane / LANES_PER_TOKEN;
+    let first_token = folded_tile(workgroup) * VOCAB_TILE;
+    let token = first_token + lane / LANES_PER_TOKEN;
     let first_row = workgroup.y * ROWS;
     var sums: array<f32, ROWS>;
     if (token < params.piece_rows) {
@@ -23,7 +24,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
     workgroupBarrier();
     for (var i = lane; i < ROWS * VOCAB_TILE; i += LANES) {
         let row = first_row + i / VOCAB_TILE;
-        let piece_row = workgroup.x * VOCAB_TILE + i % VOCAB_TILE;
+        let piece_row = first_token + i % VOCAB_TILE;
         if (row < params.rows && piece_row < params.piece_rows) {
             var logit = 0.0;
             for (var j = 0u; j < LANES_PER_TOKEN; j++) {

@@ -9,7 +9,7 @@ fn store(row: u32, token: u32, sum: vec4f) {
 
 @compute @workgroup_size(SUBGROUP)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(subgroup_invocation_id) lane: u32) {
-    let token = workgroup.x * SUBGROUP + lane;
+    let token = folded_tile(workgroup) * SUBGROUP + lane;
     let first_row = workgroup.y * SUBGROUP;
     // Lanes past the end repeat the last row or token, and store nothing.
     let x_base = min(first_row + lane, params.rows - 1u) * params.inner4;
