@@ -29,7 +29,11 @@ async function main(args: readonly string[]): Promise<number> {
     writeNote(`error: ${error instanceof Error ? error.message : String(error)}`);
     const hint = known ? error.hint : "this is a bug in longform; `-v` shows where it happened";
     if (hint) writeNote(`\nhint: ${hint}`);
-    if (options?.verbose && error instanceof Error) writeNote(`\n${error.stack}`);
+    if (options?.verbose) {
+      if (known && error.detail) writeNote(`\n${error.detail}`);
+      if (error instanceof Error) writeNote(`\n${error.stack}`);
+      if (known && error.cause) writeNote(`\ncause: ${String(error.cause).trim()}`);
+    }
     return known ? error.exitCode : 1;
   }
 }

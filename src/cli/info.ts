@@ -5,7 +5,7 @@ import { kernelShape, largestContext } from "../model/memory_plan.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import { type Capabilities, listAdapters } from "../runtime/device.ts";
 import { LongformError } from "../runtime/errors.ts";
-import { describeSubgroups } from "../runtime/kernel.ts";
+import { adviceFor, describeSubgroups, type Elem } from "../runtime/kernel.ts";
 import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
 import type { InfoOptions } from "./options.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
@@ -16,9 +16,9 @@ interface InfoReport {
   readonly version: string;
   readonly runtime: string;
   readonly adapters: readonly Capabilities[];
-  /** The adapter that a run with the same flags takes; null when there is none. */
+  /** The adapter that a run with the same flags takes; null when there is none, or it cannot be opened. */
   readonly chosen: Capabilities | null;
-  /** Why none was chosen, and what to do. */
+  /** Why such a run would not start, and what to do. */
   readonly problem: { readonly message: string; readonly hint: string | null } | null;
   readonly model: string;
   readonly dtype: string | null;
@@ -27,11 +27,16 @@ interface InfoReport {
   readonly kernels: readonly Choice[];
 }
 
-/** Runs the command. @returns 0, or 3 when there is no adapter to run on */
+/** What a model runs with on an adapter, and what keeps it from running. */
+type RunPlan = Pick<InfoReport, "problem" | "dtype" | "largest_context" | "kernels"> & {
+  readonly exitCode: number;
+};
+
+/** Runs the command. @returns 0 when a run with the same flags would start; 3 without an adapter, else 1 */
 export async function runInfo(options: InfoOptions): Promise<number> {
   const model = modelFolder(options);
   const config = await readConfig(model);
-  const report = await collect(options, model, config);
+  const { exitCode, ...report } = await collect(options, model, config);
   if (options.json) writeJson(report);
   else {
     writeResult(formatInfo(report));
@@ -40,29 +45,45 @@ export async function runInfo(options: InfoOptions): Promise<number> {
       if (report.problem.hint) writeNote(`\nhint: ${report.problem.hint}`);
     }
   }
-  return report.chosen ? 0 : 3;
+  return exitCode;
 }
 
-async function collect(options: InfoOptions, model: string, config: GPT2Config): Promise<InfoReport> {
+async function collect(
+  options: InfoOptions,
+  model: string,
+  config: GPT2Config,
+): Promise<InfoReport & { readonly exitCode: number }> {
   const common = { version: VERSION, runtime: runtimeName(), adapters: await listAdapters(), model };
+  let chosen: Capabilities | null = null;
   try {
     const gpu = await openCommandDevice(options);
-    const { caps } = gpu;
+    chosen = gpu.caps;
     gpu.destroy();
-    const elem = chooseElem(options.dtype, caps);
-    return {
-      ...common,
-      chosen: caps,
-      problem: null,
-      dtype: elem,
-      largest_context: Math.min(config.nPositions, largestContext(config, elem, caps)),
-      kernels: explainChoices(kernelShape(config, elem, caps), caps),
-    };
+    return { ...common, chosen, ...planRun(config, chooseElem(options.dtype, chosen), chosen) };
   } catch (error) {
     if (!(error instanceof LongformError)) throw error;
-    const problem = { message: error.message, hint: error.hint ?? null };
-    return { ...common, chosen: null, problem, dtype: null, largest_context: null, kernels: [] };
+    const { message, hint = null, exitCode } = error;
+    const nothing = { dtype: null, largest_context: null, kernels: [] };
+    return { ...common, chosen, problem: { message, hint }, ...nothing, exitCode };
   }
+}
+
+function planRun(config: GPT2Config, elem: Elem, caps: Capabilities): RunPlan {
+  const kernels = explainChoices(kernelShape(config, elem, caps), caps);
+  const missing = kernels.filter(({ chosen }) => !chosen);
+  const problem = missing.length === 0 ? null : {
+    message: `No kernel for this model runs on ${caps.name}: nothing for ${
+      missing.map(({ role }) => role).join(", ")
+    }`,
+    hint: adviceFor(missing.flatMap(({ rejected }) => rejected.map(({ reason }) => reason))),
+  };
+  return {
+    exitCode: problem ? 4 : 0, // as the run itself would end
+    problem,
+    dtype: elem,
+    largest_context: Math.min(config.nPositions, largestContext(config, elem, caps)),
+    kernels,
+  };
 }
 
 function formatInfo(report: InfoReport): string {
@@ -85,6 +106,10 @@ function formatInfo(report: InfoReport): string {
         formatBytes(caps.maxBindingBytes)
       }, ` +
         `workgroup memory ${formatBytes(caps.workgroupBytes)}, ${caps.workgroupInvocations} invocations`,
+    );
+  }
+  if (report.kernels.length > 0) {
+    lines.push(
       "",
       `kernels for ${report.model} in ${report.dtype}, context up to ${report.largest_context} tokens`,
       formatChoices(report.kernels),

@@ -1,27 +1,24 @@
 /** Prompts from arguments, files and standard input. */
 import { Buffer } from "node:buffer";
+import { fstatSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import process from "node:process";
 import { InputError, UsageError } from "../runtime/errors.ts";
+import { ioReason } from "./io_error.ts";
 
 async function readStdin(): Promise<Uint8Array> {
+  // Deno would read nothing, and say nothing.
+  if (fstatSync(0).isDirectory()) throw Object.assign(new Error("stdin is a folder"), { code: "EISDIR" });
   const chunks: Uint8Array[] = [];
   for await (const chunk of process.stdin) chunks.push(chunk as Uint8Array);
   return Buffer.concat(chunks);
 }
 
 async function readInput(path: string): Promise<Uint8Array> {
-  if (path === "-") return await readStdin();
   try {
-    return await readFile(path);
+    return path === "-" ? await readStdin() : await readFile(path);
   } catch (error) {
-    const code = (error as NodeJS.ErrnoException).code;
-    const why = code === "ENOENT"
-      ? "there is no such file"
-      : code === "EISDIR"
-      ? "it is a folder"
-      : String(code);
-    throw new InputError(`Cannot read ${path}: ${why}`, { cause: error });
+    throw new InputError(`Cannot read ${nameOf(path)}: ${ioReason(error)}`, { cause: error });
   }
 }
 

@@ -15,7 +15,7 @@ import {
   type WeightSource,
 } from "../model/weight_source.ts";
 import { ModelError } from "../runtime/errors.ts";
-import type { InspectOptions as InspectCommandOptions } from "./options.ts";
+import type { InspectOptions } from "./options.ts";
 import { writeJson, writeResult } from "./output.ts";
 
 export interface InspectedTensor {
@@ -56,7 +56,7 @@ export interface InspectReport {
   readonly ignored: readonly string[];
 }
 
-export interface InspectOptions {
+export interface InspectSettings {
   /** Read every weight to find NaN, infinities and values beyond f16; on unless switched off. */
   readonly values?: boolean;
 }
@@ -69,7 +69,7 @@ const CHUNK_BYTES = 1 << 24;
  * Examines a model folder. Whatever is wrong with its files ends up in `problems`.
  * @throws ModelError if there is no such folder
  */
-export async function inspectModel(dir: string, options: InspectOptions = {}): Promise<InspectReport> {
+export async function inspectModel(dir: string, settings: InspectSettings = {}): Promise<InspectReport> {
   await requireFolder(dir);
   const problems: string[] = [];
   const notes: string[] = [];
@@ -80,7 +80,7 @@ export async function inspectModel(dir: string, options: InspectOptions = {}): P
     const tensors = source ? [...source.tensors.values()] : [];
     const check = config && source ? checkCheckpoint(source, config) : undefined;
     problems.push(...check?.problems.map((problem) => problem.message) ?? []);
-    if (source && options.values !== false) {
+    if (source && settings.values !== false) {
       await checkValues(source, check ? [...check.tensors.values()] : tensors, problems, notes);
     }
     return {
@@ -137,7 +137,8 @@ async function checkValues(
   problems: string[],
   notes: string[],
 ): Promise<void> {
-  const chunk = new Uint8Array(Math.min(CHUNK_BYTES, Math.max(0, ...tensors.map((info) => info.byteLength))));
+  const largest = tensors.reduce((most, { byteLength }) => Math.max(most, byteLength), 0);
+  const chunk = new Uint8Array(Math.min(CHUNK_BYTES, largest));
   for (const { name, dtype, byteLength, file } of tensors) {
     if (!isStoredDType(dtype)) continue;
     let nonFinite = -1;
@@ -243,7 +244,7 @@ function sum<T>(items: readonly T[], value: (item: T) => number): number {
 }
 
 /** Runs the command. @returns 0, or 1 when something would not load */
-export async function runInspect(options: InspectCommandOptions): Promise<number> {
+export async function runInspect(options: InspectOptions): Promise<number> {
   const report = await inspectModel(options.path);
   if (options.json) writeJson(report);
   else writeResult(formatInspect(report));

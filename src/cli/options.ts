@@ -298,30 +298,63 @@ export function parseOptions(args: readonly string[]): Options | undefined {
   cli.help((sections) => {
     sections.splice(1, 0, { title: "Try", body: `  $ ${COMMANDS.generate.examples[0]}` });
   });
+  cli.showHelpOnExit = false; // by us, below
   cli.option("--version", "Show the version and the runtime");
   for (const name of Object.keys(COMMANDS) as CommandName[]) declare(cli, name);
 
-  // The command is the first argument that is not a flag: before it only switches such as --version make sense.
-  const at = args.findIndex((arg) => !arg.startsWith("-"));
+  const at = findCommand(args);
   const name = at < 0 ? undefined : args[at]!;
   if (name === undefined) {
     const isHelp = args.length === 0 || args.some((arg) => arg === "-h" || arg === "--help");
-    if (isHelp) cli.outputHelp();
+    if (isHelp) showHelp(cli);
     else if (args.includes("--version")) writeResult(`longform ${VERSION} (${runtimeName()})\n`);
-    else {throw new UsageError(`There is no command in \`longform ${args.join(" ")}\``, {
-        hint: commandsHint(),
-      });}
+    else {
+      throw new UsageError(`There is no command in \`longform ${args.join(" ")}\``, { hint: commandsHint() });
+    }
     return undefined;
   }
   if (!isCommand(name)) throw new UsageError(`There is no command \`${name}\``, { hint: commandsHint() });
   const specs: readonly OptionSpec[] = [...COMMANDS[name].options, ...COMMON];
   const { argv, values } = hideValues(name, [...args.slice(0, at), ...args.slice(at + 1)], specs);
   cli.parse(["", "longform", name, ...argv], { run: false });
-  if (cli.options["help"]) return undefined;
+  if (cli.options["help"]) {
+    showHelp(cli);
+    return undefined;
+  }
   const shown = (placeholder: unknown) => values[Number(String(placeholder).slice(PLACEHOLDER.length))]!;
   const positionals = cli.args.map(shown);
   checkPositionals(name, positionals);
   return Object.freeze(typed(name, positionals, (flag) => lookUp(cli, specs, flag, shown)));
+}
+
+/** The place of the command: the first argument that is neither an option, of whichever command, nor its value. */
+function findCommand(args: readonly string[]): number {
+  const specs: readonly OptionSpec[] = [
+    ...COMMON,
+    ...Object.values(COMMANDS).flatMap(({ options }) => options),
+  ];
+  const valued = new Set(specs.filter(takesValue).flatMap(namesOf));
+  for (let i = 0; i < args.length; i++) {
+    if (!args[i]!.startsWith("-")) return i;
+    let [flag, attached] = splitFlag(args[i]!);
+    // Of several short options only the last can take the next argument.
+    while (attached && !valued.has(flag) && !flag.startsWith("--")) {
+      [flag, attached] = splitFlag(`-${attached}`);
+    }
+    if (valued.has(flag) && attached === undefined) i++;
+  }
+  return -1;
+}
+
+/** Writes the help of the matched command, or of all, as a result: `console.info` loses it on a full disk, silently. */
+function showHelp(cli: CAC): void {
+  const { info } = console;
+  try {
+    console.info = (help: string) => writeResult(`${help}\n`);
+    cli.outputHelp();
+  } finally {
+    console.info = info;
+  }
 }
 
 function isCommand(name: string): name is CommandName {

@@ -1,6 +1,8 @@
 /** stdout carries results, stderr everything else; both are written synchronously, so nothing is lost at exit. */
 import { writeSync } from "node:fs";
 import process from "node:process";
+import { OutputError } from "../runtime/errors.ts";
+import { ioReason } from "./io_error.ts";
 
 /** The reader of stdout has gone away: `| head` has seen enough. */
 export class ClosedPipe extends Error {}
@@ -13,18 +15,21 @@ function writeAll(fd: 1 | 2, text: string): void {
     try {
       bytes = bytes.subarray(writeSync(fd, bytes));
     } catch (error) {
-      const code = (error as NodeJS.ErrnoException).code;
-      if (code === "EPIPE") throw new ClosedPipe("stdout was closed");
       // A pipe that somebody made non-blocking, and that is full.
-      if (code !== "EAGAIN") throw error;
+      if ((error as NodeJS.ErrnoException).code !== "EAGAIN") throw error;
       Atomics.wait(retry, 0, 0, 5);
     }
   }
 }
 
-/** Writes a result. @throws ClosedPipe when nobody reads any more */
+/** Writes a result. @throws ClosedPipe when nobody reads any more, OutputError when it cannot be stored */
 export function writeResult(text: string): void {
-  writeAll(1, text);
+  try {
+    writeAll(1, text);
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "EPIPE") throw new ClosedPipe("stdout was closed");
+    throw new OutputError(`Cannot write to stdout: ${ioReason(error)}`, { cause: error });
+  }
 }
 
 /** Writes one JSON document, the only thing on stdout. */
@@ -32,13 +37,18 @@ export function writeJson(value: unknown): void {
   writeResult(JSON.stringify(value, null, 2) + "\n");
 }
 
-/** Writes a line for the user; a closed stderr is nobody's problem. */
-export function writeNote(text: string): void {
+/** Writes to stderr; where that is closed or full, the work goes on: there is nobody left to tell. */
+function writeAside(text: string): void {
   try {
-    writeAll(2, text + "\n");
-  } catch (error) {
-    if (!(error instanceof ClosedPipe)) throw error;
+    writeAll(2, text);
+  } catch {
+    // The exit code still says how it ended.
   }
+}
+
+/** Writes a line for the user. */
+export function writeNote(text: string): void {
+  writeAside(text + "\n");
 }
 
 /** A line on stderr that is rewritten in place while long work runs; nothing unless stderr is a terminal. */
@@ -57,14 +67,14 @@ export class ProgressLine {
     if (!this.#enabled || now - this.#lastMs < 100) return;
     this.#lastMs = now;
     // Spaces over the rest of the longer line before: no control sequence is needed.
-    writeAll(2, "\r" + text.padEnd(this.#shown.length));
+    writeAside("\r" + text.padEnd(this.#shown.length));
     this.#shown = text;
   }
 
   /** Blanks the line. */
   clear(): void {
     if (this.#shown === "") return;
-    writeAll(2, "\r" + " ".repeat(this.#shown.length) + "\r");
+    writeAside("\r" + " ".repeat(this.#shown.length) + "\r");
     this.#shown = "";
   }
 }

@@ -161,7 +161,7 @@ export class ModelKernels {
 
   /**
    * Starts compiling all the pipelines at once; weights can load meanwhile.
-   * @throws DeviceError when the device can run none of the candidates for a role
+   * @throws DoesNotFitError when the device can run none of the candidates for a role
    */
   constructor(gpu: Gpu, shape: KernelShape) {
     const chosen = Object.entries(candidates(shape)).map(([role, ops]: [string, readonly Op<never>[]]) =>

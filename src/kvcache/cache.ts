@@ -1,5 +1,5 @@
 /**
- * Where keys and values live. Layout, here and only here: for every layer one buffer of keys and one of values, each
+ * Where keys and values live. Layout, as kernels index it: for every layer one buffer of keys and one of values, each
  * `[heads, capacity, headDim]` in the run's element type, `headDim` padded to a multiple of four. A head's keys are
  * contiguous, so that a tile of them is one run of memory. Rows at `length` and beyond are undefined.
  */

@@ -52,15 +52,22 @@ export function createInstance(options: InstanceOptions = {}): GPU {
 }
 
 /**
- * Names of the Vulkan adapters that Dawn can open, in its order of preference; empty when there is none.
+ * Names of the adapters that Dawn can open, in its order of preference; empty when there is none.
  * dawn.node has no enumeration call: asking for a name that cannot exist makes it list those that do.
  */
 export async function listAdapterNames(): Promise<string[]> {
   try {
     await createInstance({ adapterName: "\u0001" }).requestAdapter();
   } catch (error) {
-    const lines = String(error).split("\n");
-    return lines.flatMap((line) => /backend: 'vulkan', name: '(.*)'/.exec(line)?.[1] ?? []);
+    return adapterNamesIn(String(error));
   }
   return [];
+}
+
+/**
+ * The names in Dawn's list of adapters. OpenGL shows the GPUs of the other backends once more, for which no kernel is
+ * made, and the null backend computes nothing.
+ */
+export function adapterNamesIn(message: string): string[] {
+  return [...message.matchAll(/backend: '(?!opengl|null)\w+', name: '(.*)'/g)].map((match) => match[1]!);
 }

@@ -8,7 +8,7 @@ import { PipelineCache } from "./kernel.ts";
 import { DeviceError, DoesNotFitError, LongformError, NoAdapterError } from "./errors.ts";
 import { invisibleGpuNote } from "./host_gpu.ts";
 
-/** Immediates (push constants) are 64 bytes on every backend of Dawn: sixteen u32 or f32 parameters a kernel. */
+/** Immediates (push constants) a kernel may have: sixteen u32 or f32 parameters, what every backend of Dawn offers. */
 export const IMMEDIATE_BYTES = 64;
 
 /** What the chosen adapter is and allows; the only thing that kernels look at when they choose a variant. */
@@ -27,6 +27,8 @@ export interface Capabilities {
   readonly subgroupMatrix: boolean;
   readonly maxBufferBytes: number;
   readonly maxBindingBytes: number;
+  /** Bytes of immediates; 0 where the adapter has none. */
+  readonly immediateBytes: number;
   readonly workgroupBytes: number;
   readonly workgroupInvocations: number;
   readonly workgroupsPerDimension: number;
@@ -52,16 +54,14 @@ export class Gpu {
   readonly memory = new MemoryLedger();
   readonly pipelines: PipelineCache;
   #failure: LongformError | undefined;
-  #rejectFailed: (error: LongformError) => void = () => {};
-  readonly #failed: Promise<never>;
+  /** Rejects each wait that is under way. One promise for all of them would keep every result that it raced with. */
+  readonly #waiting = new Set<(error: LongformError) => void>();
   #destroyed = false;
 
   constructor(device: GPUDevice, caps: Capabilities) {
     this.device = device;
     this.caps = caps;
     this.pipelines = new PipelineCache(this);
-    this.#failed = new Promise((_, reject) => this.#rejectFailed = reject);
-    this.#failed.catch(() => {});
     device.addEventListener("uncapturederror", (event) => {
       event.preventDefault();
       this.#fail(describeError((event as GPUUncapturedErrorEvent).error));
@@ -79,7 +79,7 @@ export class Gpu {
 
   #fail(error: LongformError): void {
     this.#failure ??= error;
-    this.#rejectFailed(this.#failure);
+    for (const reject of this.#waiting) reject(this.#failure);
   }
 
   /** Throws what went wrong on the device since it was opened, if anything did. */
@@ -92,8 +92,11 @@ export class Gpu {
     // Work on a lost device rejects too; unhandled, that would end the process before the failure below is reported.
     work.catch(() => {});
     this.check();
+    let reject: (error: LongformError) => void = () => {};
+    const failed = new Promise<never>((_, rejectFailed) => reject = rejectFailed);
+    this.#waiting.add(reject);
     try {
-      const result = await Promise.race([work, this.#failed]);
+      const result = await Promise.race([work, failed]);
       this.check();
       return result;
     } catch (error) {
@@ -101,6 +104,8 @@ export class Gpu {
       if (!(error instanceof LongformError)) await new Promise((resolve) => setTimeout(resolve, 0));
       this.check();
       throw error;
+    } finally {
+      this.#waiting.delete(reject);
     }
   }
 
@@ -113,6 +118,11 @@ export class Gpu {
     this.#destroyed = true;
     this.device.destroy();
   }
+}
+
+/** What an error says, in one line without the period. */
+function messageOf(error: unknown): string {
+  return firstLine(error instanceof Error ? error.message : String(error)).replace(/\.$/, "");
 }
 
 function firstLine(text: string): string {
@@ -132,6 +142,12 @@ function describeError(error: GPUError): LongformError {
 export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
   const adapter = await chooseAdapter(options);
   const caps = capabilitiesOf(adapter, options.restrict);
+  if (caps.immediateBytes < IMMEDIATE_BYTES) {
+    throw new NoAdapterError(
+      `${caps.name} cannot run longform: it has ${caps.immediateBytes} B of immediates, kernels need ${IMMEDIATE_BYTES} B`,
+      { hint: "update its driver, or choose another `--adapter`; `info` lists them" },
+    );
+  }
   const features: GPUFeatureName[] = [];
   if (caps.f16) features.push("shader-f16");
   if (caps.timestamps) features.push("timestamp-query");
@@ -148,6 +164,11 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
       maxComputeWorkgroupSizeX: adapter.limits.maxComputeWorkgroupSizeX,
       maxImmediateSize: IMMEDIATE_BYTES,
     } as Record<string, number>,
+  }).catch((error: unknown) => {
+    throw new DeviceError(`Cannot open ${caps.name}: ${messageOf(error)}`, {
+      hint: "end other programs that use the GPU, or choose another `--adapter`; `info` lists them",
+      cause: error,
+    });
   });
   return new Gpu(device, caps);
 }
@@ -169,11 +190,15 @@ async function chooseAdapter(options: DeviceOptions): Promise<GPUAdapter> {
     return adapter;
   }
   if (options.adapter !== undefined) return await adapterByName(options.adapter);
+  let cause: unknown;
   const first = await createInstance().requestAdapter({
     powerPreference: "high-performance",
     forceFallbackAdapter: options.fallbackAdapter === true,
-  }).catch(() => null);
-  if (!first) throw noAdapter();
+  }).catch((error: unknown) => {
+    cause = error;
+    return null;
+  });
+  if (!first) throw options.fallbackAdapter ? noSoftwareAdapter(cause) : noAdapter(cause);
   if (options.fallbackAdapter || !first.info.isFallbackAdapter) return first;
   const hardware = await hardwareAdapter();
   if (!hardware) {
@@ -200,16 +225,36 @@ async function hardwareAdapter(): Promise<GPUAdapter | null> {
 async function adapterByName(wanted: string): Promise<GPUAdapter> {
   const names = await listAdapterNames();
   if (names.length === 0) throw noAdapter();
-  const name = /^\d+$/.test(wanted)
-    ? names[Number(wanted)]
-    : names.find((candidate) => slug(candidate).includes(slug(wanted)));
-  const adapter = name === undefined
-    ? null
-    : await createInstance({ adapterName: name }).requestAdapter().catch(() => null);
-  if (adapter) return adapter;
-  throw new NoAdapterError(`No adapter matches \`--adapter ${wanted}\``, {
-    hint: `this machine has ${names.map((n, i) => `${i}: ${n}`).join(", ")}`,
+  const name = names[adapterIndex(names, wanted)]!;
+  let cause: unknown;
+  const adapter = await createInstance({ adapterName: name }).requestAdapter().catch((error: unknown) => {
+    cause = error;
+    return null;
   });
+  if (!adapter) throw new NoAdapterError(`Cannot use ${name}: Dawn does not open it`, { cause });
+  return adapter;
+}
+
+/** Place of the adapter that `--adapter` names; Dawn is then asked for it by name. */
+export function adapterIndex(names: readonly string[], wanted: string): number {
+  const index = /^\d+$/.test(wanted)
+    ? Number(wanted)
+    : names.findIndex((candidate) => slug(candidate).includes(slug(wanted)));
+  const name = names[index];
+  if (name === undefined) {
+    throw new NoAdapterError(`No adapter matches \`--adapter ${wanted}\``, {
+      hint: `this machine has ${names.map((n, i) => `${i}: ${n}`).join(", ")}`,
+    });
+  }
+  // Dawn takes the first adapter whose name contains the one that it is given.
+  const first = names.findIndex((candidate) => candidate.includes(name));
+  if (first !== index) {
+    throw new NoAdapterError(
+      `\`--adapter ${wanted}\` cannot be chosen: Dawn goes by names, and ${name} is adapter ${first} too`,
+      { hint: `use \`--adapter ${first}\`` },
+    );
+  }
+  return index;
 }
 
 /** Dawn writes the same name in two ways: `NVIDIA H100 80GB HBM3` in its list, `nvidia-h100-80gb-hbm3` in the adapter. */
@@ -217,11 +262,21 @@ function slug(name: string): string {
   return name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
 }
 
-function noAdapter(): NoAdapterError {
+const MESA = "Mesa 23 or newer for the CPU fallback (libvulkan1 and mesa-vulkan-drivers; " +
+  "on Debian 12 from bookworm-backports)";
+
+function noAdapter(cause?: unknown): NoAdapterError {
   return new NoAdapterError("No Vulkan adapter was found on this machine", {
     hint: invisibleGpuNote() ??
-      "install a GPU driver with Vulkan, or Mesa 23 or newer for the CPU fallback (libvulkan1 and mesa-vulkan-drivers; " +
-        "on Debian 12 from bookworm-backports): `./longform` does it when run as root",
+      `install a GPU driver with Vulkan, or ${MESA}: \`./longform\` does it when run as root`,
+    cause,
+  });
+}
+
+function noSoftwareAdapter(cause: unknown): NoAdapterError {
+  return new NoAdapterError("There is no software adapter, which `--fallback-adapter` asks for", {
+    hint: `install ${MESA}, or leave \`--fallback-adapter\` away to run on the GPU`,
+    cause,
   });
 }
 
@@ -244,6 +299,8 @@ function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {
     subgroupMatrix: features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName),
     maxBufferBytes: limits.maxBufferSize,
     maxBindingBytes: limits.maxStorageBufferBindingSize,
+    // Not yet in the published types.
+    immediateBytes: (limits as { maxImmediateSize?: number }).maxImmediateSize ?? 0,
     workgroupBytes: limits.maxComputeWorkgroupStorageSize,
     workgroupInvocations: limits.maxComputeInvocationsPerWorkgroup,
     workgroupsPerDimension: limits.maxComputeWorkgroupsPerDimension,

@@ -1,16 +1,20 @@
 /**
  * Every failure a user can cause or meet is one of these classes: the message is one sentence that says what is
- * wrong and where, `hint` says what to do, and `exitCode` is the process status that scripts rely on.
+ * wrong and where, `hint` says what to do, `detail` is for whoever looks into it, and `exitCode` is the process status
+ * that scripts rely on.
  */
 export class LongformError extends Error {
   /** Process exit status: 1 the work failed, 2 wrong command line, 3 no adapter, 4 does not fit. */
   readonly exitCode: number = 1;
   readonly hint: string | undefined;
+  /** Any number of lines that only `-v` shows. */
+  readonly detail: string | undefined;
 
-  constructor(message: string, options: { hint?: string; cause?: unknown } = {}) {
+  constructor(message: string, options: { hint?: string; detail?: string; cause?: unknown } = {}) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.name = new.target.name;
     this.hint = options.hint;
+    this.detail = options.detail;
   }
 }
 
@@ -24,7 +28,7 @@ export class NoAdapterError extends LongformError {
   override readonly exitCode = 3;
 }
 
-/** The request needs more memory, or a larger buffer or binding, than the device allows. */
+/** The request needs more memory, a larger buffer or binding, or larger kernels than the device allows. */
 export class DoesNotFitError extends LongformError {
   override readonly exitCode = 4;
 }
@@ -35,7 +39,10 @@ export class ModelError extends LongformError {}
 /** A prompt or an input file that cannot be used. */
 export class InputError extends LongformError {}
 
-/** A shader that does not compile; the message points at the `.wgsl` file and line. */
+/** A result that cannot be written: a full disk, a device that fails. */
+export class OutputError extends LongformError {}
+
+/** A shader that does not compile; the message points at the `.wgsl` file and line, `detail` is the header before it. */
 export class ShaderError extends LongformError {}
 
 /** The device was lost, ran out of memory, or reported an error that no call returned. */

@@ -4,7 +4,7 @@
  */
 import type { Capabilities, Gpu } from "./device.ts";
 import { IMMEDIATE_BYTES } from "./device.ts";
-import { DeviceError, ShaderError } from "./errors.ts";
+import { DoesNotFitError, ShaderError } from "./errors.ts";
 
 /** How tensors are stored; all arithmetic is in f32 whichever it is. */
 export type Elem = "f16" | "f32";
@@ -53,14 +53,14 @@ export interface Kernel<V, P> {
   grid(v: V, p: P): Grid;
 }
 
+const NEEDS_F16 = "needs the shader-f16 feature";
+
 /**
  * Says whether a variant runs on a device, or why not, in words for `info` and `-v`.
  * Workgroup memory is checked here because over-committing it loses the device on some drivers instead of failing.
  */
 export function supports<V, P>(kernel: Kernel<V, P>, v: V, caps: Capabilities): true | string {
-  if (Object.values(kernel.header(v).aliases).includes("f16") && !caps.f16) {
-    return "needs the shader-f16 feature";
-  }
+  if (Object.values(kernel.header(v).aliases).includes("f16") && !caps.f16) return NEEDS_F16;
   const lanes = kernel.header(v).subgroup;
   if (lanes !== undefined && (caps.subgroupMinSize !== lanes || caps.subgroupMaxSize !== lanes)) {
     return `needs subgroups of ${lanes} lanes, the device has ${describeSubgroups(caps)}`;
@@ -97,17 +97,31 @@ export function op<V extends object, P>(kernel: Kernel<V, P>, variant: V): Op<P>
   return { kernel, variant };
 }
 
-/** The first candidate that the device supports. */
+/** What may help where no candidate runs, from why each of them does not. */
+export function adviceFor(reasons: readonly string[]): string {
+  const isF16 = reasons.length > 0 && reasons.every((reason) => reason === NEEDS_F16);
+  return isF16
+    ? "use `--dtype f32`, or another `--adapter`"
+    : "the model's heads or rows are too large for it: choose another `--adapter`, `info` lists them";
+}
+
+/**
+ * The first candidate that the device supports.
+ * @throws DoesNotFitError with the reason of each when it supports none
+ */
 export function firstSupported<P>(candidates: readonly Op<P>[], caps: Capabilities): Op<P> {
-  const reasons: string[] = [];
+  const verdicts: string[] = [];
   for (const candidate of candidates) {
     const verdict = supports(candidate.kernel, candidate.variant, caps);
     if (verdict === true) return candidate;
-    reasons.push(`${candidate.kernel.name} ${verdict}`);
+    verdicts.push(verdict);
   }
-  throw new DeviceError(`No kernel for this model runs on ${caps.name}: ${reasons.join("; ")}`, {
-    hint: "try `--dtype f32`, or another `--adapter`",
-  });
+  const reasons = candidates.map(({ kernel }, i) => `${kernel.name} ${verdicts[i]}`);
+  throw new DoesNotFitError(
+    `No kernel for this model runs on ${caps.name}: ` +
+      ([...new Set(reasons)].join("; ") || "there is no variant for this shape"),
+    { hint: adviceFor(verdicts) },
+  );
 }
 
 /** Renders the header: WGSL in front of the body, complete in itself and readable in a log. */
@@ -200,6 +214,7 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, key: string):
     throw new Error(`${label} has more than ${IMMEDIATE_BYTES / 4} parameters`);
   }
   const header = renderHeader(kernel, v);
+  const detail = `header of ${label}:\n${header.trimEnd()}`;
   device.pushErrorScope("validation");
   const module = device.createShaderModule({
     label,
@@ -228,14 +243,14 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, key: string):
   const moduleError = await gpu.wait(scope);
   if (moduleError) {
     const { messages } = await gpu.wait(module.getCompilationInfo());
-    throw new ShaderError(locateMessages(kernel, header, messages) || moduleError.message, { hint: header });
+    throw new ShaderError(locateMessages(kernel, header, messages) || moduleError.message, { detail });
   }
   try {
     return { key, handle: await gpu.wait(pipeline), layout };
   } catch (error) {
     gpu.check();
     throw new ShaderError(`${label} does not compile on ${gpu.caps.name}: ${String(error)}`, {
-      hint: header,
+      detail,
       cause: error,
     });
   }
@@ -257,7 +272,8 @@ function locateMessages<V, P>(
       for (const source of kernel.sources) {
         const length = source.text.split("\n").length - 1;
         file = source.file;
-        if (line <= length) break;
+        // The end of the text is past the last line.
+        if (line <= length || source === kernel.sources.at(-1)) break;
         line -= length;
       }
     }

@@ -1,6 +1,6 @@
 /** Bad input and bad luck: each ends in one sentence, the right exit code, nothing on stdout and no stack trace. */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { temporaryFolder, type TinyOptions, writeRawSafetensors } from "../support/checkpoint.ts";
 import {
@@ -8,6 +8,7 @@ import {
   RUN_TIMEOUT_MS,
   runCli,
   type RunOptions,
+  runShell,
   runtimes,
   withoutNotices,
   writeTinyModel,
@@ -105,6 +106,41 @@ describe("the prompt", () => {
   }
 });
 
+describe("the streams", () => {
+  for (const runtime of runtimes) {
+    test(`on ${runtime}: a folder on standard input: exit code 1`, async () => {
+      const result = await runShell('"$@" < /', ["generate", "-m", model, "-n", "1"], { runtime });
+      expectFailure(result, 1, /Cannot read standard input: it is a folder/);
+    });
+
+    const noFull = existsSync("/dev/full") ? "" : ": needs /dev/full";
+    test.skipIf(noFull !== "")(`on ${runtime}: a full disk behind stdout: exit code 1${noFull}`, async () => {
+      for (
+        const args of [["inspect", model], ["inspect", model, "--json"], ["--help"], ["info", "-h"], [
+          "--version",
+        ]]
+      ) {
+        const result = await runShell('"$@" > /dev/full', args, { runtime });
+        expectFailure(result, 1, /Cannot write to stdout: there is no space left/);
+      }
+    });
+    test.skipIf(noFull !== "")(
+      `on ${runtime}: a full disk behind stderr is no failure${noFull}`,
+      async () => {
+        const result = await runShell('"$@" 2> /dev/full', ["generate", "-m", model, "-n", "1", "x"], {
+          runtime,
+        });
+        expect({ code: result.code, length: result.stdout.length }).toEqual({ code: 0, length: 2 });
+      },
+    );
+  }
+
+  test.skipIf(!existsSync("/dev/full"))("a text that cannot be written ends with one sentence", async () => {
+    const result = await runShell('"$@" > /dev/full', ["generate", "-m", model, "-n", "3", "x", "-q"]);
+    expectFailure(result, 1, /Cannot write to stdout: there is no space left/);
+  });
+});
+
 describe("the model", () => {
   const weights = (dir: string) => join(dir, "model.safetensors");
   const editConfig = (change: object) => (dir: string) => {
@@ -169,11 +205,14 @@ describe("the model", () => {
     });
   }
 
-  test("-v adds the stack", async () => {
-    const { code, stdout, notes } = await runCli(["generate", "-v", "-m", join(folder.path, "nowhere"), "x"]);
-    expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-    expect(notes).toMatch(/^error: .*\n\nhint: .*\n\nModelError: [^\n]*\n +at .*json_file\.ts:\d+/);
-  });
+  for (const flag of ["-v", "-qv"]) {
+    test(`${flag} adds the stack`, async () => {
+      const args = ["generate", flag, "-m", join(folder.path, "nowhere"), "x"];
+      const { code, stdout, notes } = await runCli(args);
+      expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+      expect(notes).toMatch(/^error: .*\n\nhint: .*\n\nModelError: [^\n]*\n +at .*json_file\.ts:\d+/);
+    });
+  }
 });
 
 describe("the GPU", () => {
@@ -184,6 +223,12 @@ describe("the GPU", () => {
     });
   }
 
+  test("no software adapter: exit code 3, and no word about the GPU", async () => {
+    const result = await runCli(["generate", "-m", model, "x", "--fallback-adapter"], { env: NO_DRIVER });
+    expectFailure(result, 3, /no software adapter.*\n\nhint: install Mesa/);
+    expect(result.notes).not.toContain("does not show");
+  });
+
   test("no adapter of that name or number: exit code 3, with those there are", async () => {
     expectFailure(
       await runCli(["generate", "-m", model, "x", "--adapter", "nope"]),
@@ -191,6 +236,16 @@ describe("the GPU", () => {
       /`--adapter nope`\n\nhint: .*0: /,
     );
     expectFailure(await runCli(["generate", "-m", model, "x", "--adapter", "99"]), 3, /`--adapter 99`/);
+  });
+
+  test("a shader that does not compile: exit code 1, its header only with -v", async () => {
+    const breaking = { preload: join(import.meta.dir, "../support/break_shaders.ts") };
+    const args = ["generate", "-m", model, "-n", "1", "x"];
+    expectFailure(await runCli(args, breaking), 1, /error: \w+\/\w+\.wgsl:\d+:\d+ /);
+    const verbose = await runCli([...args, "-qv"], breaking);
+    expect(verbose.notes).toMatch(
+      /\n\nheader of \w+:\n[^]*\nstruct Params .*\n.*\n\nShaderError: /,
+    );
   });
 
   const preload = join(import.meta.dir, "../support/lose_device.ts");

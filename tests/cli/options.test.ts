@@ -118,7 +118,29 @@ describe("parseOptions accepts", () => {
     expect(parsed("-n", "1", "-n", "2", "x").maxTokens).toBe(2);
     expect(parsed("-v", "x").verbose).toBe(1);
     expect(parsed("-vv", "x").verbose).toBe(2);
+    expect(parsed("-qv", "x")).toMatchObject({ quiet: true, verbose: 1 });
     expect(parsed("-v", "-v", "x").verbose).toBe(2);
+  });
+
+  test("options before the command", () => {
+    for (
+      const before of [["-m", "dir"], ["-qm", "dir"], ["-mdir"], ["--model=dir"], [
+        "--seed",
+        "1",
+        "--model",
+        "dir",
+      ]]
+    ) {
+      expect(parseOptions([...before, "generate", "x"])).toMatchObject({
+        command: "generate",
+        model: "dir",
+        prompt: "x",
+      });
+    }
+    expect(parseOptions(["--adapter", "info", "--json", "info"])).toMatchObject({
+      adapter: "info",
+      json: true,
+    });
   });
 
   test("a prompt behind any switch", () => {
@@ -144,6 +166,8 @@ describe("parseOptions refuses", () => {
     ["a number as a command", ["7"], /no command `7`/],
     ["the name of an inherited property", ["toString"], /no command `toString`/],
     ["options without a command", ["--json"], /no command in `longform --json`/],
+    ["an option and its value without a command", ["-m", "info"], /no command in `longform -m info`/],
+    ["another command's option before it", ["--seed", "1", "info"], /no option `--seed`/],
     ["an unknown option", ["generate", "x", "--sed", "1"], /no option `--sed`/],
     ["an unknown short option", ["generate", "x", "-z"], /no option `-z`/],
     ["another command's option", ["info", "--seed", "1"], /no option `--seed`/],

@@ -1,5 +1,6 @@
 /** `info` and `inspect` as processes: exit codes, and JSON that scripts can rely on. */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { temporaryFolder } from "../support/checkpoint.ts";
 import {
@@ -91,6 +92,41 @@ describe("info", () => {
       expect({ code, notes: withoutNotices(notes) }).toEqual({ code: 3, notes: "" });
     });
   }
+
+  test("an adapter that lacks f16 is shown, with the problem and exit code 1", async () => {
+    const preload = join(import.meta.dir, "../support/no_f16.ts");
+    const args = ["info", "-m", model, "--dtype", "f16"];
+    const { code, stdout } = await runCli([...args, "--json"], { preload });
+    const info = JSON.parse(stdout);
+    expect(info).toMatchObject({ chosen: { f16: false }, dtype: null, largest_context: null, kernels: [] });
+    expect(info.problem).toEqual({
+      message: `${info.chosen.name} does not support f16 in shaders`,
+      hint: expect.stringContaining("`--dtype f32`"),
+    });
+    expect(code).toBe(1);
+    const text = await runCli(args, { preload });
+    expect(text).toMatchObject({
+      code: 1,
+      stdout: expect.stringContaining(`a run takes ${info.chosen.name}`),
+    });
+    expect(text.notes).toContain(`error: ${info.problem.message}\n\nhint: `);
+  });
+
+  test("heads for which there is no kernel are a problem, with the kernels that there are, and exit code 1", async () => {
+    const dir = writeTinyModel(join(folder.path, "large heads")).dir;
+    const path = join(dir, "config.json");
+    const config = { ...JSON.parse(readFileSync(path, "utf8")), n_embd: 9000, n_head: 1 };
+    writeFileSync(path, JSON.stringify(config));
+    const { code, stdout } = await runCli(["info", "-m", dir, "--json"]);
+    const info = JSON.parse(stdout);
+    expect(info.problem).toEqual({
+      message: expect.stringMatching(/^No kernel for this model runs on .*: nothing for .*decode/),
+      hint: expect.stringContaining("`--adapter`"),
+    });
+    expect(info.chosen).not.toBeNull();
+    expect(info.kernels.length).toBeGreaterThan(5);
+    expect(code).toBe(1);
+  });
 
   test("prints a list for people, without colour", async () => {
     const { code, stdout, stderr } = await runCli(["info", "-m", model]);

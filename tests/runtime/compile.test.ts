@@ -1,8 +1,17 @@
 import { describe, expect, test } from "bun:test";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { candidates, type KernelShape } from "../../src/kernels/index.ts";
 import { type Capabilities, openDevice } from "../../src/runtime/device.ts";
 import { ShaderError } from "../../src/runtime/errors.ts";
-import { type Elem, type Kernel, type Op, renderHeader, supports } from "../../src/runtime/kernel.ts";
+import {
+  type Elem,
+  type Kernel,
+  type Op,
+  renderHeader,
+  type ShaderFile,
+  supports,
+} from "../../src/runtime/kernel.ts";
 
 /** Dawn's null backend validates everything and runs nothing: shaders compile on machines without a GPU. */
 const gpu = await openDevice({ nullBackend: true });
@@ -192,6 +201,62 @@ describe("descriptors", () => {
   });
 });
 
+/** `file:line name` of each `var name: T;` in the body of a loop: docs/decisions/0004 says what they do. */
+function uninitialisedInLoops({ file, text }: ShaderFile): string[] {
+  const code = text.replace(/\/\*[^]*?\*\/|\/\/.*$/gm, (comment) => comment.replace(/[^\n]/g, " "));
+  const found: string[] = [];
+  /** Of each block that is open, whether it is a loop's. */
+  const blocks: boolean[] = [];
+  let isLoopNext = false;
+  const declaration = /\bvar\b(?:\s*<\s*function\s*>)?\s*(\w+)\s*:[^=;]*;/;
+  for (const match of code.matchAll(new RegExp(`\\b(?:for|while|loop)\\b|[{}]|${declaration.source}`, "g"))) {
+    const [token, name] = match;
+    if (token === "{") {
+      blocks.push(isLoopNext);
+      isLoopNext = false;
+    } else if (token === "}") blocks.pop();
+    else if (name === undefined) isLoopNext = true;
+    else if (blocks.includes(true)) {
+      found.push(`${file}:${code.slice(0, match.index).split("\n").length} ${name}`);
+    }
+  }
+  return found;
+}
+
+describe("variables in loops", () => {
+  const src = join(import.meta.dir, "../../src");
+  const files = readdirSync(src, { recursive: true, encoding: "utf8" })
+    .filter((path) => path.endsWith(".wgsl"))
+    .map((path): ShaderFile => ({ file: path, text: readFileSync(join(src, path), "utf8") }));
+
+  test("have an initial value in every shader", () => {
+    expect(files.length).toBeGreaterThan(10);
+    expect(files.flatMap(uninitialisedInLoops)).toEqual([]);
+  });
+  test("are found without one in each kind of loop, and at any depth", () => {
+    const text = `
+      var<workgroup> tile: array<f32, 4>;
+      fn main() {
+        var before: f32; // for (;;) { var comment: f32; }
+        for (var i = 0u; i < trips(4u); i++) {
+          var a: array<vec4f, 2>;
+          var fine = vec4f(); var typed: f32 = 0.0;
+          if (i == 0u) { { var<function> b: f32; } }
+        }
+        while (true) { for (var c: u32; c < 2u; c++) {} }
+        loop { continuing { var d: f32; } }
+        var after: vec4f;
+      }`;
+    expect(uninitialisedInLoops({ file: "f", text })).toEqual(["f:6 a", "f:8 b", "f:10 c", "f:11 d"]);
+  });
+  test("would have been found where the rule comes from", () => {
+    const subgroup = files.find(({ file }) => file.endsWith(join("flash_attention", "subgroup.wgsl")))!;
+    const text = subgroup.text.replace("var s0 = vec4f(0.0);", "var s0: vec4f;");
+    const line = subgroup.text.split("\n").findIndex((l) => l.includes("var s0")) + 1;
+    expect(uninitialisedInLoops({ ...subgroup, text })).toEqual([`${subgroup.file}:${line} s0`]);
+  });
+});
+
 describe("a shader that does not compile", () => {
   const valid = "// fine\nfn twice(x: f32) -> f32 {\n    return 2.0 * x;\n}\n";
   const main = (statement: string) =>
@@ -225,14 +290,15 @@ describe("a shader that does not compile", () => {
     }];
     await gpu.pipelines.prepare({ ...kernelOf(sources), name: "valid" }, {});
   });
-  test("in the first file: the message has its name, line and column, the hint the header", async () => {
+  test("in the first file: the message has its name, line and column, the detail the header", async () => {
     const error = await errorOf(kernelOf([
       { file: "broken/first.wgsl", text: main("out[0] = thrice(params.value);") },
       { file: "broken/second.wgsl", text: valid },
     ]));
     expect(error.message).toContain("broken/first.wgsl:5:14 ");
     expect(error.message).toContain("thrice");
-    expect(error.hint).toContain("const SIZE = 4u;");
+    expect(error.detail).toContain("const SIZE = 4u;");
+    expect(error.hint).toBeUndefined();
   });
   test("in a later file: lines count from that file's first", async () => {
     const error = await errorOf({
@@ -244,6 +310,16 @@ describe("a shader that does not compile", () => {
     });
     expect(error.message).toContain("broken/second.wgsl:5:");
     expect(error.message).not.toContain("first.wgsl");
+  });
+  test("at the end of the text: in the last file, behind its last line", async () => {
+    const error = await errorOf({
+      ...kernelOf([
+        { file: "broken/first.wgsl", text: main("out[0] = twice(params.value);") },
+        { file: "broken/second.wgsl", text: valid.replace("}", "") },
+      ]),
+      name: "broken/end",
+    });
+    expect(error.message).toContain("broken/second.wgsl:4:");
   });
   test("a missing entry point names the kernel and the device", async () => {
     const error = await errorOf({

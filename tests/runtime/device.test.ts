@@ -1,14 +1,15 @@
 import { describe, expect, test } from "bun:test";
 import { layerNorm } from "../../src/kernels/layer_norm/layer_norm.ts";
 import { subgroupMatmul } from "../../src/kernels/matmul/matmul.ts";
-import { listAdapterNames } from "../../src/runtime/dawn.ts";
-import { type Gpu, listAdapters, openDevice } from "../../src/runtime/device.ts";
-import { DeviceError, NoAdapterError } from "../../src/runtime/errors.ts";
+import { adapterNamesIn, listAdapterNames } from "../../src/runtime/dawn.ts";
+import { adapterIndex, type Gpu, listAdapters, openDevice } from "../../src/runtime/device.ts";
+import { DeviceError, DoesNotFitError, NoAdapterError } from "../../src/runtime/errors.ts";
 import { invisibleGpuNote } from "../../src/runtime/host_gpu.ts";
 import { describeSubgroups, firstSupported, op, supports } from "../../src/runtime/kernel.ts";
 import { testDevice } from "../support/device.ts";
 
 const shared = await testDevice();
+const hasGpu = (await listAdapters()).some((caps) => !caps.isSoftware);
 
 async function withDevice(options: Parameters<typeof openDevice>[0], use: (gpu: Gpu) => void): Promise<void> {
   const gpu = await openDevice(options);
@@ -54,13 +55,78 @@ describe("adapter choice", () => {
       if (caps.isSoftware) expect(notices[0]).toContain("running on the CPU");
     });
   });
-  test("a software adapter is not taken where there is a GPU", async () => {
-    const adapters = await listAdapters();
-    if (adapters.some((caps) => !caps.isSoftware)) expect(shared.caps.isSoftware).toBe(false);
+  test.skipIf(!hasGpu)(
+    `a software adapter is not taken where there is a GPU${hasGpu ? "" : ": needs one"}`,
+    () => {
+      expect(shared.caps.isSoftware).toBe(false);
+    },
+  );
+  test("Dawn's list is read for every backend but OpenGL, which repeats adapters, and the null one", () => {
+    const list = [
+      "vulkan', name: 'A (rev 1)",
+      "metal', name: 'B's",
+      "opengles', name: 'A",
+      "null', name: 'None",
+    ];
+    const lines = list.map((line) => ` * backend: '${line}'`);
+    expect(adapterNamesIn(["Error: none", "Available adapters:", ...lines].join("\n"))).toEqual([
+      "A (rev 1)",
+      "B's",
+    ]);
+  });
+  test("an adapter that Dawn cannot tell from an earlier one is refused by index", () => {
+    const names = ["NVIDIA A100 80GB", "NVIDIA L4", "NVIDIA L4", "NVIDIA A100"];
+    expect(adapterIndex(names, "0")).toBe(0);
+    expect(adapterIndex(names, "l4")).toBe(1);
+    expect(adapterIndex(names, "nvidia-a100")).toBe(0);
+    expect(() => adapterIndex(names, "2")).toThrow(NoAdapterError);
+    expect(() => adapterIndex(names, "2")).toThrow(
+      /`--adapter 2` cannot be chosen: .*NVIDIA L4 is adapter 1 too/,
+    );
+    expect(() => adapterIndex(names, "3")).toThrow(/NVIDIA A100 is adapter 0 too/);
+  });
+});
+
+describe("an adapter that does not open", () => {
+  async function openingError(options: Parameters<typeof openDevice>[0]): Promise<unknown> {
+    return await openDevice(options).then((gpu) => gpu.destroy(), (error: unknown) => error);
+  }
+
+  test("for want of immediates is no adapter for longform", async () => {
+    const error = await openingError({ restrict: { immediateBytes: 0 } });
+    expect(error).toBeInstanceOf(NoAdapterError);
+    expect(String(error)).toMatch(/cannot run longform: it has 0 B of immediates, kernels need 64 B$/);
+  });
+  test("for another reason is named, with the first line of the reason and all of it as cause", async () => {
+    const { prototype } = GPUAdapter;
+    const { requestDevice } = prototype;
+    const cause = new Error("Out of everything.\n - While opening");
+    prototype.requestDevice = () => Promise.reject(cause);
+    try {
+      const error = await openingError({});
+      expect(error).toBeInstanceOf(DeviceError);
+      expect(error).toMatchObject({
+        message: `Cannot open ${shared.caps.name}: Out of everything`,
+        hint: expect.stringContaining("`--adapter`"),
+        cause,
+      });
+    } finally {
+      prototype.requestDevice = requestDevice;
+    }
   });
 });
 
 describe("capabilities", () => {
+  function unsupported(...args: Parameters<typeof firstSupported>): DoesNotFitError {
+    try {
+      firstSupported(...args);
+    } catch (error) {
+      if (error instanceof DoesNotFitError) return error;
+      throw error;
+    }
+    throw new Error("one was supported");
+  }
+
   test("are frozen, and say what the device was opened with", () => {
     const { caps, device } = shared;
     expect(Object.isFrozen(caps)).toBe(true);
@@ -68,6 +134,7 @@ describe("capabilities", () => {
     expect(device.features.has("timestamp-query")).toBe(caps.timestamps);
     expect(device.features.has("subgroups")).toBe(caps.subgroupMaxSize > 0);
     expect(device.limits.maxStorageBufferBindingSize).toBe(caps.maxBindingBytes);
+    expect(device.limits).toHaveProperty("maxImmediateSize", caps.immediateBytes);
     expect(device.limits.maxComputeWorkgroupStorageSize).toBe(caps.workgroupBytes);
     expect(device.limits.maxComputeInvocationsPerWorkgroup).toBe(caps.workgroupInvocations);
   });
@@ -78,9 +145,20 @@ describe("capabilities", () => {
       const full = op(layerNorm, { outElem: "f32", width: 8 });
       expect(supports(half.kernel, half.variant, caps)).toBe("needs the shader-f16 feature");
       expect(firstSupported([half, full], caps)).toBe(full);
-      expect(() => firstSupported([half], caps)).toThrow(DeviceError);
-      expect(() => firstSupported([half], caps)).toThrow("layer_norm needs the shader-f16 feature");
+      const error = unsupported([half], caps);
+      expect(error.message).toContain("layer_norm needs the shader-f16 feature");
+      expect(error.hint).toContain("`--dtype f32`");
     });
+  });
+  test("too small for every variant are a device limit, which f32 does not help", () => {
+    const wide = op(layerNorm, { outElem: "f32", width: 8 });
+    const error = unsupported([wide, wide], { ...shared.caps, name: "tiny", workgroupBytes: 128 });
+    expect(error.message).toBe(
+      "No kernel for this model runs on tiny: layer_norm needs 256 B of workgroup memory, the device has 128 B",
+    );
+    expect(error.hint).toContain("`--adapter`");
+    expect(error.hint).not.toContain("f32");
+    expect(unsupported([], shared.caps).message).toEndWith(": there is no variant for this shape");
   });
   test("restricted in workgroup memory or invocations refuse a variant with both numbers", () => {
     const v = { outElem: "f32", width: 8 } as const;

@@ -8,6 +8,7 @@ import {
   LongformError,
   ModelError,
   NoAdapterError,
+  OutputError,
   ShaderError,
   UsageError,
 } from "../../src/runtime/errors.ts";
@@ -37,24 +38,21 @@ async function errorOf(work: Promise<unknown>): Promise<unknown> {
 describe("error classes", () => {
   test("carry the exit status that the command line promises", () => {
     const status = (Class: typeof LongformError) => new Class("message").exitCode;
-    expect([ModelError, InputError, ShaderError, DeviceError, LongformError].map(status)).toEqual([
-      1,
-      1,
-      1,
-      1,
-      1,
-    ]);
+    for (const Class of [ModelError, InputError, OutputError, ShaderError, DeviceError, LongformError]) {
+      expect([Class.name, status(Class)]).toEqual([Class.name, 1]);
+    }
     expect([UsageError, NoAdapterError, DoesNotFitError].map(status)).toEqual([2, 3, 4]);
   });
-  test("keep name, hint and cause", () => {
+  test("keep name, hint, detail and cause", () => {
     const cause = new Error("below");
-    const error = new DeviceError("message", { hint: "advice", cause });
-    expect([error.name, error.message, error.hint, error.cause]).toEqual([
-      "DeviceError",
-      "message",
-      "advice",
+    const error = new DeviceError("message", { hint: "advice", detail: "more", cause });
+    expect(error).toMatchObject({
+      name: "DeviceError",
+      message: "message",
+      hint: "advice",
+      detail: "more",
       cause,
-    ]);
+    });
     expect(error).toBeInstanceOf(LongformError);
     expect("cause" in new DeviceError("message")).toBe(false);
   });
@@ -96,6 +94,27 @@ describe("uncaptured errors", () => {
     await healthy.idle();
     healthy.destroy();
   });
+});
+
+describe("a wait that has ended", () => {
+  test("is forgotten: nothing holds its result for as long as the device lives", () =>
+    withBrokenDevice(async (gpu) => {
+      const results: WeakRef<object>[] = [];
+      for (let i = 0; i < 100; i++) results.push(new WeakRef(await gpu.wait(Promise.resolve({ i }))));
+      await new Promise((resolve) => setTimeout(resolve, 0));
+      Bun.gc(true);
+      // A few may still lie on the stack.
+      expect(results.filter((result) => result.deref() !== undefined).length).toBeLessThan(10);
+    }));
+  test("does not keep others from being rejected", () =>
+    withBrokenDevice(async (gpu) => {
+      const endless = [1, 2].map(() => errorOf(gpu.wait(new Promise(() => {}))));
+      await gpu.wait(Promise.resolve(1));
+      gpu.device.destroy();
+      const [first, second] = await Promise.all(endless);
+      expect(first).toBeInstanceOf(DeviceError);
+      expect(second).toBe(first);
+    }));
 });
 
 describe("device loss", () => {
