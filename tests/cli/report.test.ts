@@ -125,7 +125,7 @@ describe("info", () => {
     });
     expect(info.chosen).not.toBeNull();
     expect(info.kernels.length).toBeGreaterThan(5);
-    expect(code).toBe(1);
+    expect(code).toBe(4);
   });
 
   test("prints a list for people, without colour", async () => {
