@@ -78,6 +78,7 @@ const matmulProblem = (rows: number): MatmulProblem => ({ rows, inner: WIDTH, co
 const rows = [
   ...await measure(
     [
+      op(tiledAttention, { ...tiled, tileKv: 16, keys: 4, unroll: true }),
       op(tiledAttention, { ...tiled, unroll: true }),
       op(tiledAttention, { ...tiled, unroll: false }),
       op(subgroupAttention, { ...attention, subgroup, unroll: false }),

@@ -141,7 +141,11 @@ export function renderHeader<V, P>(kernel: Kernel<V, P>, v: V): string {
 
 /** A compiled variant. */
 export interface Pipeline {
-  readonly key: string;
+  /** Short, unlike the header: part of every bind group's key. */
+  readonly id: number;
+  /** Names in binding order, and parameters in the order of the `Params` struct. */
+  readonly bindings: readonly string[];
+  readonly params: readonly (readonly [name: string, type: "u32" | "f32"])[];
   readonly handle: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
@@ -164,7 +168,7 @@ export class PipelineCache {
     const key = `${kernel.name}\n${renderHeader(kernel, v)}`;
     let compiling = this.#compiling.get(key);
     if (!compiling) {
-      compiling = compile(this.#gpu, kernel, v, key).then((pipeline) => {
+      compiling = compile(this.#gpu, kernel, v, this.#compiling.size).then((pipeline) => {
         this.#ready.set(key, pipeline);
         return pipeline;
       });
@@ -187,7 +191,8 @@ export class PipelineCache {
 
   /** The bind group of these buffers, in binding order; made once. */
   bindGroup(pipeline: Pipeline, buffers: readonly { readonly id: number; readonly handle: GPUBuffer }[]) {
-    const key = `${pipeline.key}${buffers.map((b) => b.id).join(",")}`;
+    let key = `${pipeline.id}`;
+    for (const { id } of buffers) key += `,${id}`;
     let group = this.#bindGroups.get(key);
     if (!group) {
       group = this.#gpu.device.createBindGroup({
@@ -206,7 +211,7 @@ export class PipelineCache {
   }
 }
 
-async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, key: string): Promise<Pipeline> {
+async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, id: number): Promise<Pipeline> {
   const { device } = gpu;
   const label = kernel.name;
   const paramBytes = 4 * Object.keys(kernel.params).length;
@@ -246,7 +251,13 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, key: string):
     throw new ShaderError(locateMessages(kernel, header, messages) || moduleError.message, { detail });
   }
   try {
-    return { key, handle: await gpu.wait(pipeline), layout };
+    return {
+      id,
+      bindings: Object.keys(kernel.bindings),
+      params: Object.entries(kernel.params),
+      handle: await gpu.wait(pipeline),
+      layout,
+    };
   } catch (error) {
     gpu.check();
     throw new ShaderError(`${label} does not compile on ${gpu.caps.name}: ${String(error)}`, {

@@ -4,7 +4,7 @@
  */
 import type { GpuBuffer, Readback } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
-import type { Kernel } from "./kernel.ts";
+import type { Kernel, Pipeline } from "./kernel.ts";
 import type { Profiler } from "./profiler.ts";
 
 /** A copy of a tensor taken in the middle of a pass: for tests and for looking at what a layer computes. */
@@ -40,7 +40,7 @@ export class Recorder {
       throw new Error(`${kernel.name} asked for a grid of ${grid.join(" x ")} workgroups`);
     }
     const pipeline = pipelines.get(kernel, v);
-    const bound = Object.keys(kernel.bindings).map((name) => {
+    const bound = pipeline.bindings.map((name) => {
       const buffer = buffers[name];
       if (!buffer) throw new Error(`${kernel.name} needs a buffer for "${name}"`);
       return buffer;
@@ -48,7 +48,7 @@ export class Recorder {
     const pass = this.#computePass(kernel.name);
     pass.setPipeline(pipeline.handle);
     pass.setBindGroup(0, pipelines.bindGroup(pipeline, bound));
-    (pass as ImmediatesEncoder).setImmediates(0, packParams(kernel, kernel.values(v, p)));
+    (pass as ImmediatesEncoder).setImmediates(0, packParams(pipeline, kernel.values(v, p)));
     pass.dispatchWorkgroups(...grid);
     if (this.#options.profiler) this.#endPass();
   }
@@ -99,11 +99,11 @@ type ImmediatesEncoder = GPUComputePassEncoder & { setImmediates(offset: number,
 const packed = new DataView(new ArrayBuffer(64));
 
 /** Lays the values out in the order of the kernel's `params`, as the generated struct reads them. */
-function packParams<V, P>(kernel: Kernel<V, P>, values: Readonly<Record<string, number>>): Uint32Array {
+function packParams({ handle, params }: Pipeline, values: Readonly<Record<string, number>>): Uint32Array {
   let offset = 0;
-  for (const [name, type] of Object.entries(kernel.params)) {
+  for (const [name, type] of params) {
     const value = values[name];
-    if (value === undefined) throw new Error(`${kernel.name} got no value for parameter "${name}"`);
+    if (value === undefined) throw new Error(`${handle.label} got no value for parameter "${name}"`);
     if (type === "f32") packed.setFloat32(offset, value, true);
     else packed.setUint32(offset, value, true);
     offset += 4;

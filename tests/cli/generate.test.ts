@@ -55,7 +55,7 @@ const TIMINGS =
 describe("generate", () => {
   let report: Report;
   beforeAll(async () => {
-    report = await generated([...base, "hello"]);
+    report = await generated([...base, "hello", "--dtype", "f32"]);
   });
 
   test("--json has the documented keys, with sane numbers", () => {
