@@ -7,10 +7,9 @@
  * cache, is reported apart as `cold`.
  */
 import { spawnSync } from "node:child_process";
-import { mkdirSync, writeFileSync } from "node:fs";
-import { dirname } from "node:path";
 import process from "node:process";
 import { parseArgs } from "node:util";
+import { provenance, writeResult } from "./provenance.ts";
 
 const { values } = parseArgs({
   options: {
@@ -60,11 +59,8 @@ const info = JSON.parse(spawnSync(process.execPath, ["main.ts", "info", "--json"
 const result = {
   adapter: info.chosen.name,
   driver: info.chosen.driver,
-  runtime: info.runtime,
-  version: info.version,
-  commit: values.commit ?? spawnSync("git", ["rev-parse", "--short", "HEAD"]).stdout?.toString().trim(),
-  command: `bun ${command.join(" ")}`,
-  date: new Date().toISOString().slice(0, 10),
+  ...provenance(values.commit),
+  process: `bun ${command.join(" ")}`,
   prompt_tokens: cold.prompt_tokens,
   generated: cold.tokens.length,
   cold: cold.timings,
@@ -78,7 +74,4 @@ for (const [name, { median, min, max }] of Object.entries(spread)) {
 }
 console.log(`cold first token ms      ${cold.timings["first_token_ms"]?.toFixed(1).padStart(12)}`);
 console.log(`peak bytes               ${String(cold.memory["peak_bytes"]).padStart(12)}`);
-if (values.out) {
-  mkdirSync(dirname(values.out), { recursive: true });
-  writeFileSync(values.out, JSON.stringify(result, null, 1) + "\n");
-}
+if (values.out) writeResult(values.out, result);

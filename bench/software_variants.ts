@@ -6,9 +6,6 @@
  *
  * llvmpipe compiles at the first dispatch, so that one (a single token) is the compile time.
  */
-import { mkdirSync, writeFileSync } from "node:fs";
-import { dirname } from "node:path";
-import process from "node:process";
 import { parseArgs } from "node:util";
 import {
   type FlashAttentionProblem,
@@ -20,6 +17,7 @@ import { createBuffer, type GpuBuffer, upload } from "../src/runtime/buffers.ts"
 import { openDevice } from "../src/runtime/device.ts";
 import { type Op, op } from "../src/runtime/kernel.ts";
 import { Recorder } from "../src/runtime/pass.ts";
+import { provenance, writeResult } from "./provenance.ts";
 
 const { values } = parseArgs({ options: { out: { type: "string" } } });
 const TOKENS = 1024;
@@ -107,11 +105,7 @@ for (const { kernel, variant, compileMs, runMs, gflops } of rows) {
   );
 }
 if (values.out) {
-  mkdirSync(dirname(values.out), { recursive: true });
   const { name, driver } = gpu.caps;
-  writeFileSync(
-    values.out,
-    JSON.stringify({ adapter: name, driver, runtime: process.versions, rows }, null, 1) + "\n",
-  );
+  writeResult(values.out, { adapter: name, driver, ...provenance(undefined), rows });
 }
 gpu.destroy();

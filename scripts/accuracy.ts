@@ -2,13 +2,14 @@
  * Prints, as Markdown, how far this machine's adapter is from the recorded references, and the bound of each row.
  *
  *     bun scripts/accuracy.ts [--dtype f16|f32] [--adapter NAME] [--max-prompt N] [--synthetic] [--out FILE.json]
+ *         [--commit ID]
  *
  * Greedy prompts longer than `--max-prompt` tokens (4,096) are left out; the longest of the eight has 16,000.
  * `--synthetic` adds the gpt2 and gpt2-medium shapes: seconds on a GPU, an hour on a CPU. Exits 1 if a bound is broken.
  */
-import { writeFileSync } from "node:fs";
 import process from "node:process";
 import { parseArgs } from "node:util";
+import { provenance, writeResult } from "../bench/provenance.ts";
 import { openDevice } from "../src/runtime/device.ts";
 import type { Elem } from "../src/runtime/kernel.ts";
 import {
@@ -26,6 +27,7 @@ const { values } = parseArgs({
     adapter: { type: "string" },
     synthetic: { type: "boolean", default: false },
     "max-prompt": { type: "string", default: "4096" },
+    commit: { type: "string" },
     out: { type: "string" },
   },
 });
@@ -74,10 +76,7 @@ for (const { elem, rows } of results) {
 }
 if (values.out) {
   const { name, driver } = gpu.caps;
-  writeFileSync(
-    values.out,
-    JSON.stringify({ adapter: name, driver, runtime: process.versions, results }, null, 1) + "\n",
-  );
+  writeResult(values.out, { adapter: name, driver, ...provenance(values.commit), results });
 }
 gpu.destroy();
 process.exit(broken > 0 ? 1 : 0);

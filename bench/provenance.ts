@@ -1,0 +1,33 @@
+/** Where a recorded result comes from: goes into every file under `bench/results/`. */
+import { spawnSync } from "node:child_process";
+import { mkdirSync, writeFileSync } from "node:fs";
+import { basename, dirname } from "node:path";
+import process from "node:process";
+import { runtimeName, VERSION } from "../src/cli/version.ts";
+
+export interface Provenance {
+  readonly runtime: string;
+  readonly version: string;
+  readonly commit: string;
+  readonly command: string;
+  readonly date: string;
+}
+
+/** @param commit the commit measured, where there is no repository to ask */
+export function provenance(commit: string | undefined): Provenance {
+  const asked = spawnSync("git", ["rev-parse", "--short", "HEAD"]);
+  const [script = "", ...args] = process.argv.slice(1);
+  const folder = basename(dirname(script));
+  return {
+    runtime: runtimeName(),
+    version: VERSION,
+    commit: commit ?? asked.stdout?.toString().trim() ?? "unknown",
+    command: ["bun", `${folder}/${basename(script)}`, ...args].join(" "),
+    date: new Date().toISOString().slice(0, 10),
+  };
+}
+
+export function writeResult(path: string, result: object): void {
+  mkdirSync(dirname(path), { recursive: true });
+  writeFileSync(path, JSON.stringify(result, null, 1) + "\n");
+}
