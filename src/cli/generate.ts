@@ -1,20 +1,21 @@
 /** `generate`: a prompt in, streamed text out. */
 import process from "node:process";
-import { readConfig } from "../model/config.ts";
-import { type FinishReason, generate } from "../model/generation.ts";
-import { Gpt2 } from "../model/gpt2.ts";
-import { openCheckpoint } from "../model/safetensors.ts";
-import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
-import type { TokenLogprob } from "../model/sampling.ts";
 import { explainChoices } from "../kernels/index.ts";
 import { kvBytesPerToken } from "../kvcache/cache.ts";
+import { type GPT2Config, readConfig } from "../model/config.ts";
+import { type FinishReason, generate } from "../model/generation.ts";
+import { Gpt2 } from "../model/gpt2.ts";
 import { kernelShape, kvShape } from "../model/memory_plan.ts";
+import { openCheckpoint } from "../model/safetensors.ts";
+import type { TokenLogprob } from "../model/sampling.ts";
+import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
+import type { WeightSource } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError, LongformError, UsageError } from "../runtime/errors.ts";
 import { type KernelTime, Profiler } from "../runtime/profiler.ts";
-import type { GPT2Config } from "../model/config.ts";
-import { readPrompt } from "./input.ts";
+import { formatChoices } from "./info.ts";
+import { type Prompt, readPrompt } from "./input.ts";
 import { chooseElem, hasFile, modelFolder, openCommandDevice } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {
@@ -26,7 +27,6 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import { formatChoices } from "./info.ts";
 
 interface Timings {
   readonly load_ms: number;
@@ -66,6 +66,17 @@ interface GenerateReport {
   readonly memory: Memory;
 }
 
+/** What is settled before the device is open. */
+interface PreparedPrompt {
+  readonly config: GPT2Config;
+  /** Undefined when the prompt came as ids and the model has none. */
+  readonly tokenizer: GPT2Tokenizer | undefined;
+  readonly ids: readonly number[];
+  readonly tokenizeMs: number | null;
+  /** Tokens to plan memory for. */
+  readonly context: number;
+}
+
 /** Runs the command. @returns the exit code: 0, or 130 when it was interrupted */
 export async function runGenerate(options: GenerateOptions): Promise<number> {
   const dir = modelFolder(options);
@@ -74,60 +85,77 @@ export async function runGenerate(options: GenerateOptions): Promise<number> {
   // The driver takes a while to start: it does so while the tokenizer is built and the prompt is tokenized.
   const opening = openCommandDevice(options);
   opening.catch(() => {});
-  const tokenizer = "text" in prompt || await hasFile(dir, "tokenizer.json")
-    ? await loadTokenizer(dir)
-    : undefined;
-  if (!tokenizer && options.stop.length > 0) {
-    throw new UsageError(`\`--stop\` needs a tokenizer, and ${dir} has none`);
-  }
-  const tokenizing = performance.now();
-  const ids = "ids" in prompt ? prompt.ids : tokenizer!.encode(prompt.text);
-  const tokenizeMs = "ids" in prompt ? null : performance.now() - tokenizing;
-  const context = planContext(config, ids.length, options);
+  const prepared = await prepare(dir, config, prompt, options);
   const source = await openCheckpoint(dir);
   try {
     const gpu = await opening;
     try {
-      return await withModel(gpu);
+      return await runOnDevice(gpu, source, prepared, options);
     } finally {
       gpu.destroy();
     }
   } finally {
     await source.close();
   }
+}
 
-  async function withModel(gpu: Gpu): Promise<number> {
-    const elem = chooseElem(options.dtype, gpu.caps);
-    if (options.verbose > 0) {
-      writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
-      writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps)));
+async function prepare(
+  dir: string,
+  config: GPT2Config,
+  prompt: Prompt,
+  options: GenerateOptions,
+): Promise<PreparedPrompt> {
+  if ("ids" in prompt) {
+    const tokenizer = await hasFile(dir, "tokenizer.json") ? await loadTokenizer(dir) : undefined;
+    if (!tokenizer && options.stop.length > 0) {
+      throw new UsageError(`\`--stop\` needs a tokenizer, and ${dir} has none`);
     }
-    const profiler = options.profile ? openProfiler(gpu) : undefined;
-    const progress = new ProgressLine(options);
-    const loading = performance.now();
-    const model = await Gpt2.load(gpu, source, config, {
-      context,
-      elem,
-      profiler,
-      onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
-    }).finally(() => progress.clear());
-    const loadMs = performance.now() - loading;
-    try {
-      const result = await stream(model, ids, tokenizer, options, progress);
-      const memory: Memory = {
-        peak_bytes: gpu.memory.peakBytes,
-        weights_bytes: gpu.memory.bytes("weights"),
-        kv_bytes: gpu.memory.bytes("kv"),
-        activations_bytes: gpu.memory.bytes("activations"),
-        bytes_per_token: kvBytesPerToken(kvShape(config, elem)),
-      };
-      const timings = { load_ms: loadMs, tokenize_ms: tokenizeMs, ...result.timings };
-      report(result, timings, memory, ids.length, profiler, options);
-      return result.finishReason === "interrupt" && !result.isPipeClosed ? 130 : 0;
-    } finally {
-      profiler?.destroy();
-      model.destroy();
-    }
+    const context = planContext(config, prompt.ids.length, options);
+    return { config, tokenizer, ids: prompt.ids, tokenizeMs: null, context };
+  }
+  const tokenizer = await loadTokenizer(dir);
+  const starting = performance.now();
+  const ids = tokenizer.encode(prompt.text);
+  const tokenizeMs = performance.now() - starting;
+  return { config, tokenizer, ids, tokenizeMs, context: planContext(config, ids.length, options) };
+}
+
+async function runOnDevice(
+  gpu: Gpu,
+  source: WeightSource,
+  { config, tokenizer, ids, tokenizeMs, context }: PreparedPrompt,
+  options: GenerateOptions,
+): Promise<number> {
+  const elem = chooseElem(options.dtype, gpu.caps);
+  if (options.verbose > 0) {
+    writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
+    writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps)));
+  }
+  const profiler = options.profile ? openProfiler(gpu) : undefined;
+  const progress = new ProgressLine(options);
+  const loading = performance.now();
+  const model = await Gpt2.load(gpu, source, config, {
+    context,
+    elem,
+    profiler,
+    onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
+  }).finally(() => progress.clear());
+  const loadMs = performance.now() - loading;
+  try {
+    const result = await stream(model, ids, tokenizer, options, progress);
+    const memory: Memory = {
+      peak_bytes: gpu.memory.peakBytes,
+      weights_bytes: gpu.memory.bytes("weights"),
+      kv_bytes: gpu.memory.bytes("kv"),
+      activations_bytes: gpu.memory.bytes("activations"),
+      bytes_per_token: kvBytesPerToken(kvShape(config, elem)),
+    };
+    const timings = { load_ms: loadMs, tokenize_ms: tokenizeMs, ...result.timings };
+    report(result, timings, memory, ids.length, profiler, options);
+    return result.finishReason === "interrupt" && !result.isPipeClosed ? 130 : 0;
+  } finally {
+    profiler?.destroy();
+    model.destroy();
   }
 }
 
