@@ -31,6 +31,31 @@ const DISABLED = [
  */
 const pinned: GPU[] = [];
 
+/** How many waits for the GPU are under way, and until when the latest of them polls without a pause. */
+let waits = 0;
+let eagerUntil = 0;
+
+/**
+ * dawn.node looks for finished work in callbacks that it hands to `setImmediate` over and over: a loop that takes a
+ * whole core while anything is pending. On software Vulkan that is one of the cores that compute, so during a wait it
+ * is slowed down to once a millisecond, after `eagerMs` in which a GPU's answer is found at once.
+ */
+export function beginWait(eagerMs: number): void {
+  waits++;
+  eagerUntil = performance.now() + eagerMs;
+}
+
+export function endWait(): void {
+  waits--;
+}
+
+const immediate = globalThis.setImmediate;
+globalThis.setImmediate =
+  ((callback: (...args: unknown[]) => void, ...args: unknown[]) =>
+    waits > 0 && performance.now() >= eagerUntil
+      ? setTimeout(callback, 1, ...args)
+      : immediate(callback, ...args)) as typeof setImmediate;
+
 export interface InstanceOptions {
   /** `null` accepts and validates everything and executes nothing: shader compilation without a GPU. */
   readonly backend?: "vulkan" | "null";

@@ -2,7 +2,7 @@
  * Adapter choice and the device: what the machine can do (`Capabilities`), and the one object (`Gpu`) that owns the
  * device, its pipelines, its bind groups and the count of bytes allocated on it.
  */
-import { createInstance, listAdapterNames } from "./dawn.ts";
+import { beginWait, createInstance, endWait, listAdapterNames } from "./dawn.ts";
 import { MemoryLedger } from "./buffers.ts";
 import { PipelineCache } from "./kernel.ts";
 import { DeviceError, DoesNotFitError, LongformError, NoAdapterError } from "./errors.ts";
@@ -46,6 +46,9 @@ export interface DeviceOptions {
   /** Receives one-line notices for the user (a software adapter, a GPU that Vulkan does not show). */
   readonly onNotice?: (message: string) => void;
 }
+
+/** How long a wait polls a GPU without a pause: decode steps and small prefills end within it. */
+const EAGER_MS = 20;
 
 /** A device and all that is cached on it. Create one a process; call `destroy()` when done. */
 export class Gpu {
@@ -95,6 +98,7 @@ export class Gpu {
     let reject: (error: LongformError) => void = () => {};
     const failed = new Promise<never>((_, rejectFailed) => reject = rejectFailed);
     this.#waiting.add(reject);
+    beginWait(this.caps.isSoftware ? 0 : EAGER_MS);
     try {
       const result = await Promise.race([work, failed]);
       this.check();
@@ -106,6 +110,7 @@ export class Gpu {
       throw error;
     } finally {
       this.#waiting.delete(reject);
+      endWait();
     }
   }
 
