@@ -291,7 +291,8 @@ async function stream(
           isPipeClosed: output.isPipeClosed,
           seed,
           logprobs: options.logprobs === undefined ? undefined : logprobs,
-          timings: streamTimings(starting, firstTokenAt, ids.length, tokens.length),
+          // An interrupted prefill has run only the part of the prompt that is in the cache.
+          timings: streamTimings(starting, firstTokenAt, Math.min(ids.length, model.length), tokens.length),
         };
       }
       const { id, text, logprob, top } = next.value;

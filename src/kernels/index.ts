@@ -85,7 +85,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
     attention: attentionCandidates(elem, heads, headDim4, unroll),
     decode: decodes.map((v) => op(splitKvAttention, v)),
-    combine: decodes.map((v) => op(combineSplits, { ...v })),
+    combine: decodes.map((v) => op(combineSplits, v)),
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),
   };

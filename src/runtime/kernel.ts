@@ -155,8 +155,8 @@ export class PipelineCache {
   readonly #gpu: Gpu;
   readonly #compiling = new Map<string, Promise<Pipeline>>();
   readonly #ready = new Map<string, Pipeline>();
-  /** Pipelines by the variant object itself: rendering the key takes longer than recording a dispatch. */
-  readonly #byVariant = new WeakMap<object, Pipeline>();
+  /** Pipelines by the kernel and variant objects: rendering the key takes longer than recording a dispatch. */
+  readonly #byObjects = new WeakMap<object, WeakMap<object, Pipeline>>();
   readonly #bindGroups = new Map<string, GPUBindGroup>();
 
   constructor(gpu: Gpu) {
@@ -181,11 +181,13 @@ export class PipelineCache {
 
   /** A pipeline whose `prepare` has resolved. */
   get<V extends object, P>(kernel: Kernel<V, P>, v: V): Pipeline {
-    const known = this.#byVariant.get(v);
-    if (known?.handle.label === kernel.name) return known;
+    let byVariant = this.#byObjects.get(kernel);
+    if (!byVariant) this.#byObjects.set(kernel, byVariant = new WeakMap());
+    const known = byVariant.get(v);
+    if (known) return known;
     const pipeline = this.#ready.get(`${kernel.name}\n${renderHeader(kernel, v)}`);
     if (!pipeline) throw new Error(`${kernel.name} was dispatched before it was compiled`);
-    this.#byVariant.set(v, pipeline);
+    byVariant.set(v, pipeline);
     return pipeline;
   }
 
