@@ -5,12 +5,15 @@ import { runInfo } from "./src/cli/info.ts";
 import { runInspect } from "./src/cli/inspect.ts";
 import { type Options, parseOptions } from "./src/cli/options.ts";
 import { ClosedPipe, writeNote } from "./src/cli/output.ts";
+import { runScore } from "./src/cli/score.ts";
 import { LongformError } from "./src/runtime/errors.ts";
 
 async function run(options: Options): Promise<number> {
   switch (options.command) {
     case "generate":
       return await runGenerate(options);
+    case "score":
+      return await runScore(options);
     case "info":
       return await runInfo(options);
     case "inspect":

@@ -9,7 +9,7 @@
 import { spawnSync } from "node:child_process";
 import process from "node:process";
 import { parseArgs } from "node:util";
-import { provenance, writeResult } from "./provenance.ts";
+import { deviceOf, provenance, writeResult } from "./provenance.ts";
 
 const { values } = parseArgs({
   options: {
@@ -55,10 +55,8 @@ const spread = Object.fromEntries(
     return [name, { median, min, max }];
   }),
 );
-const info = JSON.parse(spawnSync(process.execPath, ["main.ts", "info", "--json"]).stdout.toString());
 const result = {
-  adapter: info.chosen.name,
-  driver: info.chosen.driver,
+  ...deviceOf(),
   ...provenance(values.commit),
   process: `bun ${command.join(" ")}`,
   prompt_tokens: cold.prompt_tokens,

@@ -27,6 +27,12 @@ export function provenance(commit: string | undefined): Provenance {
   };
 }
 
+/** The adapter that a run takes, asked of a process of its own. */
+export function deviceOf(): { readonly adapter: string; readonly driver: string } {
+  const info = JSON.parse(spawnSync(process.execPath, ["main.ts", "info", "--json"]).stdout.toString());
+  return { adapter: info.chosen.name, driver: info.chosen.driver };
+}
+
 export function writeResult(path: string, result: object): void {
   mkdirSync(dirname(path), { recursive: true });
   writeFileSync(path, JSON.stringify(result, null, 1) + "\n");

@@ -6,6 +6,7 @@
  *
  * llvmpipe compiles at the first dispatch, so that one (a single token) is the compile time.
  */
+import { KV_BLOCK } from "../src/kernels/shared/shared.ts";
 import { parseArgs } from "node:util";
 import {
   type FlashAttentionProblem,
@@ -66,7 +67,8 @@ const tiled = { ...attention, tileQ: 64, tileKv: 32, keys: 8 };
 const attentionProblem = (qLen: number): FlashAttentionProblem => ({
   qLen,
   firstPosition: 0,
-  capacity: TOKENS,
+  blocks: TOKENS / KV_BLOCK,
+  range: { first: 0, heads: HEADS },
   scale: 1 / 8,
 });
 const matmul = { elem: "f32", epilogue: "bias" } as const;

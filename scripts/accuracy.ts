@@ -1,11 +1,12 @@
 /**
  * Prints, as Markdown, how far this machine's adapter is from the recorded references, and the bound of each row.
  *
- *     bun scripts/accuracy.ts [--dtype f16|f32] [--adapter NAME] [--max-prompt N] [--synthetic] [--out FILE.json]
- *         [--commit ID]
+ *     bun scripts/accuracy.ts [--dtype f16|f32] [--adapter NAME] [--max-prompt N] [--synthetic CASE,CASE]
+ *         [--out FILE.json] [--commit ID]
  *
- * Greedy prompts longer than `--max-prompt` tokens (4,096) are left out; the longest of the eight has 16,000.
- * `--synthetic` adds the gpt2 and gpt2-medium shapes: seconds on a GPU, an hour on a CPU. Exits 1 if a bound is broken.
+ * Prompts longer than `--max-prompt` tokens (4,096) are left out; the longest have 16,000 and 16,384. `--synthetic`
+ * adds checkpoints in the shapes of published ones: gpt2, gpt2-medium (1,024 tokens), gpt2-16k, gpt2-64k; seconds to
+ * minutes on a GPU, hours on a CPU. Exits 1 if a bound is broken.
  */
 import process from "node:process";
 import { parseArgs } from "node:util";
@@ -20,12 +21,13 @@ import {
   shortAccuracy,
   syntheticAccuracy,
 } from "../tests/support/accuracy.ts";
+import type { SyntheticCase } from "../tests/support/golden.ts";
 
 const { values } = parseArgs({
   options: {
     dtype: { type: "string" },
     adapter: { type: "string" },
-    synthetic: { type: "boolean", default: false },
+    synthetic: { type: "string" },
     "max-prompt": { type: "string", default: "4096" },
     commit: { type: "string" },
     out: { type: "string" },
@@ -33,17 +35,19 @@ const { values } = parseArgs({
 });
 
 const gpu = await openDevice(values.adapter === undefined ? {} : { adapter: values.adapter });
+const maxPrompt = Number(values["max-prompt"]);
 const elems: Elem[] = values.dtype === undefined
   ? (gpu.caps.f16 ? ["f32", "f16"] : ["f32"])
   : [values.dtype as Elem];
 
 const results: { elem: Elem; rows: AccuracyRow[] }[] = [];
 for (const elem of elems) {
-  const greedy = await greedyAccuracy(gpu, elem, Number(values["max-prompt"]));
+  const greedy = await greedyAccuracy(gpu, elem, maxPrompt);
   const rows = [
     ...await shortAccuracy(gpu, elem),
     ...await promptAccuracy(gpu, elem, 1024),
     ...await promptAccuracy(gpu, elem, 4096),
+    ...(maxPrompt >= 16384 ? await promptAccuracy(gpu, elem, 16384) : []),
     {
       what:
         `greedy, ${greedy.prompts} prompts, ${greedy.steps} steps, ${greedy.closeCalls} close calls: largest gap`,
@@ -51,11 +55,8 @@ for (const elem of elems) {
       bound: greedyGapTolerance(elem),
     },
   ];
-  if (values.synthetic) {
-    rows.push(
-      ...await syntheticAccuracy(gpu, elem, "gpt2"),
-      ...await syntheticAccuracy(gpu, elem, "gpt2-medium"),
-    );
+  for (const shape of values.synthetic?.split(",") ?? []) {
+    rows.push(...await syntheticAccuracy(gpu, elem, shape as SyntheticCase));
   }
   results.push({ elem, rows });
 }

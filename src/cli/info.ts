@@ -81,7 +81,7 @@ function planRun(config: GPT2Config, elem: Elem, caps: Capabilities): RunPlan {
     exitCode: problem ? 4 : 0, // as the run itself would end
     problem,
     dtype: elem,
-    largest_context: Math.min(config.nPositions, largestContext(config, elem, caps)),
+    largest_context: Math.min(config.nPositions, largestContext(config, { elem }, caps)),
     kernels,
   };
 }

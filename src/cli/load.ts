@@ -1,13 +1,23 @@
-/** What commands share: the model folder, the device, the element type. */
+/** What commands share: the model folder, the device, the element type, the loaded model. */
 import { stat } from "node:fs/promises";
 import { join } from "node:path";
+import process from "node:process";
 import { fileURLToPath } from "node:url";
+import { explainChoices } from "../kernels/index.ts";
+import type { GPT2Config } from "../model/config.ts";
+import { Gpt2, tooManyPositions } from "../model/gpt2.ts";
+import { kernelShape } from "../model/memory_plan.ts";
+import { positionLimit, type Positions } from "../model/positions.ts";
+import type { TextTokens } from "../model/token_source.ts";
+import type { WeightSource } from "../model/weight_source.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { openDevice } from "../runtime/device.ts";
-import { DeviceError } from "../runtime/errors.ts";
+import { DeviceError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import type { CommonOptions } from "./options.ts";
-import { writeNote } from "./output.ts";
+import { Profiler } from "../runtime/profiler.ts";
+import { formatChoices } from "./info.ts";
+import type { CommonOptions, RunOptions } from "./options.ts";
+import { type ProgressLine, writeNote } from "./output.ts";
 
 const DEFAULT_MODEL = new URL("../../weights/classics-16k", import.meta.url);
 
@@ -42,4 +52,97 @@ export function chooseElem(dtype: CommonOptions["dtype"], caps: Capabilities): E
     });
   }
   return dtype;
+}
+
+/** @throws UsageError when `--context` is more than the positions that the run may have */
+export function checkContext({ nPositions }: GPT2Config, { context, positions }: RunOptions): void {
+  if (context === undefined || context <= nPositions || positions !== "exact") return;
+  throw new UsageError(`\`--context ${context}\` is more than the model's ${nPositions} positions`, {
+    hint: `use at most \`--context ${nPositions}\`, or go beyond with \`--positions interpolate\` or ` +
+      "`--positions repeat`, at a loss",
+  });
+}
+
+/** How far ahead a text is encoded before memory is planned: that many bytes take a tenth of a second. */
+const LOOK_AHEAD_BYTES = 128 << 10;
+
+/**
+ * The most tokens that a text has. It is known exactly for all but long texts, whose tokens are made while the GPU works
+ * on the first of them; it must be known where positions are stretched over the context.
+ */
+export async function boundTokens(tokens: TextTokens, { context, positions }: RunOptions): Promise<number> {
+  const mustBeExact = positions !== "exact" && context === undefined;
+  await tokens.lookAhead(mustBeExact ? Infinity : LOOK_AHEAD_BYTES);
+  return tokens.bound();
+}
+
+/** How positions map to rows of `wpe` in a run over at most `context` tokens. */
+export function choosePositions(
+  { nPositions }: GPT2Config,
+  options: RunOptions,
+  context: number,
+): Positions {
+  return { mode: options.positions, nPositions, context };
+}
+
+/** @throws InputError naming `--positions` when a text is longer than the model's positions reach */
+export function checkPositions(tokens: number, positions: Positions): void {
+  if (tokens > positionLimit(positions)) throw tooManyPositions(tokens, positions);
+}
+
+export interface ModelOptions {
+  readonly elem: Elem;
+  readonly context: number;
+  readonly positions: Positions;
+  readonly scoring: boolean;
+}
+
+export interface LoadedModel {
+  readonly model: Gpt2;
+  readonly loadMs: number;
+  readonly profiler: Profiler | undefined;
+}
+
+/** Loads a model as the options ask for it, with progress, and tells what was chosen with `-v`. */
+export async function loadModel(
+  gpu: Gpu,
+  source: WeightSource,
+  config: GPT2Config,
+  modelOptions: ModelOptions,
+  options: RunOptions,
+  progress: ProgressLine,
+): Promise<LoadedModel> {
+  if (options.verbose > 0) {
+    writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
+    writeNote(formatChoices(explainChoices(kernelShape(config, modelOptions.elem, gpu.caps), gpu.caps)));
+  }
+  const profiler = options.profile ? openProfiler(gpu) : undefined;
+  const loading = performance.now();
+  const model = await Gpt2.load(gpu, source, config, {
+    ...modelOptions,
+    profiler,
+    onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
+  }).finally(() => progress.clear());
+  return { model, loadMs: performance.now() - loading, profiler };
+}
+
+function openProfiler(gpu: Gpu): Profiler {
+  if (!gpu.caps.timestamps) {
+    throw new LongformError(`${gpu.caps.name} has no timestamp queries, which --profile needs`);
+  }
+  return new Profiler(gpu);
+}
+
+/** Aborts on the first SIGINT and ends the process on the second, which does not wait for the work in flight. */
+export function abortOnInterrupt(onHardExit: () => void): { controller: AbortController; stop: () => void } {
+  const controller = new AbortController();
+  const interrupt = () => {
+    if (controller.signal.aborted) {
+      onHardExit();
+      process.exit(130);
+    }
+    controller.abort();
+  };
+  process.on("SIGINT", interrupt);
+  return { controller, stop: () => process.off("SIGINT", interrupt) };
 }

@@ -4,6 +4,7 @@
  * converted here, once.
  */
 import { type CAC, cac, type Command } from "cac";
+import type { PositionMode } from "../model/positions.ts";
 import { UsageError } from "../runtime/errors.ts";
 import { writeResult } from "./output.ts";
 import { runtimeName, VERSION } from "./version.ts";
@@ -20,13 +21,21 @@ export interface CommonOptions {
   readonly verbose: number;
 }
 
-export interface GenerateOptions extends CommonOptions {
+/** Options of the commands that run a model over a text. */
+export interface RunOptions extends CommonOptions {
+  /** A file of token ids in place of text. */
+  readonly ids: string | undefined;
+  readonly context: number | undefined;
+  readonly positions: PositionMode;
+  readonly profile: boolean;
+}
+
+export interface GenerateOptions extends RunOptions {
   readonly command: "generate";
   /** The positional prompt; `-` is standard input. */
   readonly prompt: string | undefined;
   readonly file: string | undefined;
-  readonly ids: string | undefined;
-  readonly context: number | undefined;
+  readonly session: string | undefined;
   readonly maxTokens: number;
   readonly temperature: number;
   readonly topK: number;
@@ -38,7 +47,18 @@ export interface GenerateOptions extends CommonOptions {
   readonly stop: readonly string[];
   readonly ignoreEos: boolean;
   readonly logprobs: number | undefined;
-  readonly profile: boolean;
+}
+
+export interface ScoreOptions extends RunOptions {
+  readonly command: "score";
+  readonly files: readonly string[];
+  /** Tokens of a window; undefined for the whole document, as far as the context goes. */
+  readonly window: number | undefined;
+  /** Tokens of each document to score; undefined for all. */
+  readonly maxTokens: number | undefined;
+  readonly tokenNll: boolean;
+  /** Tokens, from 0, whose rows of logits are wanted; increasing. */
+  readonly logits: readonly number[];
 }
 
 export interface InfoOptions extends CommonOptions {
@@ -50,7 +70,7 @@ export interface InspectOptions extends CommonOptions {
   readonly path: string;
 }
 
-export type Options = GenerateOptions | InfoOptions | InspectOptions;
+export type Options = GenerateOptions | ScoreOptions | InfoOptions | InspectOptions;
 
 type Convert = (text: string, flag: string) => unknown;
 
@@ -97,6 +117,15 @@ function oneOf(...choices: readonly string[]): Convert {
   };
 }
 
+/** `0,1023,4095`: places of tokens, in any order. */
+const places: Convert = (value, flag) => {
+  const list = value.split(",").map((part) => /^\s*\d+\s*$/.test(part) ? Number(part) : NaN);
+  if (!list.every(Number.isSafeInteger)) {
+    throw new UsageError(`\`${flag} ${value}\` is not a list of token numbers such as 0,1023,4095`);
+  }
+  return [...new Set(list)].sort((a, b) => a - b);
+};
+
 const COMMON: readonly OptionSpec[] = [
   {
     flags: "-m, --model <dir>",
@@ -120,27 +149,44 @@ const COMMON: readonly OptionSpec[] = [
   { flags: "-v, --verbose", description: "Say which device and kernels run, and show stack traces" },
 ];
 
+/** What the commands that run a model take besides. */
+const RUN: readonly OptionSpec[] = [
+  {
+    flags: "--ids <path>",
+    description: "Read a JSON array of token ids in place of text, - for stdin",
+    convert: text,
+  },
+  {
+    flags: "-c, --context <n>",
+    description: "Tokens to plan memory for (default: what the text needs)",
+    convert: tokens,
+  },
+  {
+    flags: "--positions <mode>",
+    description: "Beyond the model's positions: exact (an error), interpolate or repeat (default: exact)",
+    convert: oneOf("exact", "interpolate", "repeat"),
+  },
+  { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
+];
+
 const COMMANDS = {
   generate: {
     usage: "generate [prompt]",
     description: "Continue a text",
-    positional: "prompt",
+    positional: { name: "prompt", least: 0, most: 1 },
     options: [
       { flags: "-f, --file <path>", description: "Read the prompt from a UTF-8 file", convert: text },
+      ...RUN,
       {
-        flags: "--ids <path>",
-        description: "Read the prompt as a JSON array of token ids, - for stdin",
+        flags: "--session <path>",
+        description:
+          "Restore the prompt's keys and values from this file, or save them there if there is none",
         convert: text,
       },
       {
         flags: "-n, --max-tokens <n>",
         description: "Tokens to generate at most (default: 128)",
         convert: integer(0),
-      },
-      {
-        flags: "-c, --context <n>",
-        description: "Tokens to plan memory for (default: prompt plus --max-tokens)",
-        convert: tokens,
       },
       {
         flags: "--temperature <t>",
@@ -187,24 +233,52 @@ const COMMANDS = {
         description: "With --json: log-probabilities of each token and of the k likeliest",
         convert: integer(0),
       },
-      { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
     ],
     examples: [
       'longform generate "It was the best of times" -n 60 --seed 1',
       "longform generate -f chapter.txt -n 200 --temperature 0 --json",
+      "longform generate -f book.txt -n 200 --session book.session",
+    ],
+  },
+  score: {
+    usage: "score [...files]",
+    description: "Measure how well the model predicts texts: perplexity, by position too",
+    positional: { name: "file", least: 0, most: Infinity },
+    options: [
+      ...RUN,
+      {
+        flags: "--window <n>",
+        description: "Score windows of n tokens, each from position 0 (default: as long as the context)",
+        convert: tokens,
+      },
+      {
+        flags: "-n, --max-tokens <n>",
+        description: "Score only the first n tokens of each file (default: all)",
+        convert: tokens,
+      },
+      { flags: "--token-nll", description: "With --json: the negative log-likelihood of each token" },
+      {
+        flags: "--logits <places>",
+        description: "With --json: the logits after these tokens, such as 0,1023,4095",
+        convert: places,
+      },
+    ],
+    examples: [
+      "longform score book.txt",
+      "longform score a.txt b.txt --max-tokens 16k --window 1k --json",
     ],
   },
   info: {
     usage: "info",
     description: "Show adapters, features, limits and the kernels that would run",
-    positional: undefined,
+    positional: { name: "argument", least: 0, most: 0 },
     options: [],
     examples: ["longform info", "longform info --json --adapter 1"],
   },
   inspect: {
     usage: "inspect <model>",
     description: "Show a model folder's tensors, and what would not load",
-    positional: "model",
+    positional: { name: "model", least: 1, most: 1 },
     options: [],
     examples: ["longform inspect weights/classics-16k"],
   },
@@ -213,7 +287,7 @@ const COMMANDS = {
   {
     usage: string;
     description: string;
-    positional: string | undefined;
+    positional: { readonly name: string; readonly least: number; readonly most: number };
     options: readonly OptionSpec[];
     examples: readonly string[];
   }
@@ -367,16 +441,15 @@ function commandsHint(): string {
 
 function checkPositionals(name: CommandName, positionals: readonly string[]): void {
   const { positional, usage } = COMMANDS[name];
-  const most = positional === undefined ? 0 : 1;
-  if (positionals.length > most) {
-    throw new UsageError(`\`${name}\` does not take "${positionals[most]}"`, {
-      hint: most === 1
-        ? `put the ${positional} in quotes: longform ${usage}`
+  if (positionals.length > positional.most) {
+    throw new UsageError(`\`${name}\` does not take "${positionals[positional.most]}"`, {
+      hint: positional.most === 1
+        ? `put the ${positional.name} in quotes: longform ${usage}`
         : `use it as: longform ${usage}`,
     });
   }
-  if (usage.includes("<") && positionals.length === 0) {
-    throw new UsageError(`\`${name}\` needs a ${positional}`, { hint: `use it as: longform ${usage}` });
+  if (positionals.length < positional.least) {
+    throw new UsageError(`\`${name}\` needs a ${positional.name}`, { hint: `use it as: longform ${usage}` });
   }
 }
 
@@ -409,13 +482,63 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
   };
   if (name === "info") return { ...common, command: "info" };
   if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
-  const options: GenerateOptions = {
+  const run: RunOptions = {
     ...common,
+    ids: optional("--ids"),
+    context: optional("--context"),
+    positions: optional<PositionMode>("--positions") ?? "exact",
+    profile: get("--profile") !== 0,
+  };
+  return name === "score" ? typedScore(run, positionals, get) : typedGenerate(run, positionals, get);
+}
+
+function typedScore(
+  run: RunOptions,
+  files: readonly string[],
+  get: (flag: string) => unknown,
+): ScoreOptions {
+  const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const options: ScoreOptions = {
+    ...run,
+    command: "score",
+    files,
+    window: optional("--window"),
+    maxTokens: optional("--max-tokens"),
+    tokenNll: get("--token-nll") !== 0,
+    logits: optional<number[]>("--logits") ?? [],
+  };
+  if (files.length > 0 && options.ids !== undefined) {
+    throw new UsageError("There are files and `--ids`: give one or the other");
+  }
+  if (files.filter((file) => file === "-").length > 1) {
+    throw new UsageError("Standard input, `-`, is named twice and can be read once");
+  }
+  const { window, context } = options;
+  if (window !== undefined && context !== undefined && window > context) {
+    throw new UsageError(`\`--window ${window}\` is more than \`--context ${context}\``, {
+      hint: "give a smaller window or a larger context",
+    });
+  }
+  if ((options.tokenNll || options.logits.length > 0) && !options.json) {
+    throw new UsageError(
+      `\`${options.tokenNll ? "--token-nll" : "--logits"}\` has nowhere to go: add \`--json\``,
+    );
+  }
+  return options;
+}
+
+function typedGenerate(
+  run: RunOptions,
+  positionals: readonly string[],
+  get: (flag: string) => unknown,
+): GenerateOptions {
+  const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const options: GenerateOptions = {
+    ...run,
     command: "generate",
     prompt: positionals[0],
     file: optional("--file"),
-    ids: optional("--ids"),
-    context: optional("--context"),
+    session: optional("--session"),
     maxTokens: optional("--max-tokens") ?? 128,
     temperature: optional("--temperature") ?? 0.8,
     topK: optional("--top-k") ?? 40,
@@ -426,7 +549,6 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     stop: get("--stop") as string[],
     ignoreEos: get("--ignore-eos") !== 0,
     logprobs: optional("--logprobs"),
-    profile: get("--profile") !== 0,
   };
   const sources = [options.prompt, options.file, options.ids].filter((source) => source !== undefined);
   if (sources.length > 1) {

@@ -2,7 +2,7 @@
 import { writeSync } from "node:fs";
 import process from "node:process";
 import { OutputError } from "../runtime/errors.ts";
-import { ioReason } from "./io_error.ts";
+import { ioReason } from "../runtime/io_error.ts";
 
 /** The reader of stdout has gone away: `| head` has seen enough. */
 export class ClosedPipe extends Error {}
@@ -35,6 +35,20 @@ export function writeResult(text: string): void {
 /** Writes one JSON document, the only thing on stdout. */
 export function writeJson(value: unknown): void {
   writeResult(JSON.stringify(value, null, 2) + "\n");
+}
+
+/** A JSON array on stdout whose elements are printed as they come: those before an error are not lost. */
+export class JsonArray {
+  #length = 0;
+
+  push(element: unknown): void {
+    writeResult((this.#length++ === 0 ? "[\n" : ",\n") + JSON.stringify(element, null, 2));
+  }
+
+  /** Closes the array; nothing is printed if nothing was pushed. */
+  end(): void {
+    if (this.#length > 0) writeResult("\n]\n");
+  }
 }
 
 /** Writes to stderr; where that is closed or full, the work goes on: there is nobody left to tell. */
@@ -85,6 +99,18 @@ export function formatRate(perSecond: number | null): string {
   return `${
     perSecond >= 100 ? Math.round(perSecond).toLocaleString("en-US") : perSecond.toFixed(1)
   } tokens/s`;
+}
+
+/** `prefill 4096 of 16384 tokens, 1,000 tokens/s, 12.3 s left`; without the end where the total is not known. */
+export function workProgress(
+  work: string,
+  done: number,
+  total: number | undefined,
+  elapsedMs: number,
+): string {
+  const rate = formatRate(1000 * done / elapsedMs);
+  if (total === undefined) return `${work} ${done} tokens, ${rate}`;
+  return `${work} ${done} of ${total} tokens, ${rate}, ${formatMs(elapsedMs / done * (total - done))} left`;
 }
 
 export function formatMs(ms: number): string {

@@ -6,15 +6,14 @@ import type { GpuBuffer } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
 import type { Recorder } from "../runtime/pass.ts";
-import { embedding, type EmbeddingProblem, type RowRange } from "./embedding/embedding.ts";
+import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
 import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
 import {
   combineSplits,
   type FlashDecodeProblem,
-  type FlashDecodeVariant,
   flashDecodeVariants,
-  splitCount,
   splitKvAttention,
+  type SplitKvProblem,
 } from "./flash_decode/flash_decode.ts";
 import { kvAppend, type KvAppendProblem } from "./kv_append/kv_append.ts";
 import { layerNorm, type LayerNormProblem } from "./layer_norm/layer_norm.ts";
@@ -28,6 +27,8 @@ import {
   type MatmulProblem,
   smallMatmulCandidates,
 } from "./matmul/matmul.ts";
+import { nll, type NllProblem } from "./nll/nll.ts";
+import type { HeadRange } from "./shared/shared.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
 export interface KernelShape {
@@ -43,7 +44,8 @@ type Role = keyof RoleProblems;
 
 /** What the graph asks for, and the problem each role is given. */
 interface RoleProblems {
-  readonly embedding: EmbeddingProblem;
+  readonly tokenRows: EmbeddingProblem;
+  readonly positionRows: EmbeddingProblem;
   readonly layerNorm: LayerNormProblem;
   readonly finalNorm: LayerNormProblem;
   readonly matmulBias: MatmulProblem;
@@ -57,10 +59,11 @@ interface RoleProblems {
   readonly gemvResidual: MatmulProblem;
   readonly kvAppend: KvAppendProblem;
   readonly attention: FlashAttentionProblem;
-  readonly decode: FlashDecodeProblem;
+  readonly decode: SplitKvProblem;
   readonly combine: FlashDecodeProblem;
   readonly lmHeadOne: LmHeadProblem;
   readonly lmHeadMany: LmHeadProblem;
+  readonly nll: NllProblem;
 }
 
 /** For every role the kernels with their variants that could fill it, in order of preference. */
@@ -70,7 +73,8 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
   const gemvs = (epilogue: Epilogue) => gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v));
   const decodes = flashDecodeVariants(elem, heads, headDim4, unroll);
   return {
-    embedding: [op(embedding, { elem, width4 })],
+    tokenRows: [op(tokenRows, { elem, width4 })],
+    positionRows: [op(positionRows, { elem, width4 })],
     layerNorm: [op(layerNorm, { outElem: elem, width })],
     finalNorm: [op(layerNorm, { outElem: "f32", width })],
     matmulBias: matmulCandidates(elem, "bias", unroll),
@@ -88,6 +92,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     combine: decodes.map((v) => op(combineSplits, v)),
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),
+    nll: [op(nll, { lanes: 256 })],
   };
 }
 
@@ -115,11 +120,19 @@ export function explainChoices(shape: KernelShape, caps: Capabilities): Choice[]
   });
 }
 
-/** Keys and values of one layer, `[heads, capacity, headDim]` each; whoever owns the cache provides it. */
-export interface KvView {
+/** Keys and values of some of a layer's heads, `[heads, blocks, KV_BLOCK, headDim]` each. */
+export interface KvBuffers {
+  readonly range: HeadRange;
   readonly k: GpuBuffer;
   readonly v: GpuBuffer;
-  readonly capacity: number;
+}
+
+/** Keys and values of one layer; whoever owns the cache provides it and says where blocks are (`kvcache/cache.ts`). */
+export interface KvView {
+  readonly parts: readonly KvBuffers[];
+  /** `[blocks]` u32 */
+  readonly table: GpuBuffer;
+  readonly blocks: number;
 }
 
 /** Rows of a table too large for one binding, in several buffers of whole rows. */
@@ -174,29 +187,18 @@ export class ModelKernels {
     this.compiled.catch(() => {});
   }
 
-  /** Slices that decoding cuts `kvLen` keys into: the size of its scratch buffers. */
-  decodeSplits(kvLen: number): number {
-    return splitCount(this.#chosen.decode.variant as FlashDecodeVariant, kvLen);
-  }
-
-  /** `x[tokens, width] = wte[ids] + wpe[firstPosition…]` */
+  /** `x[count, width] = wte[id] + wpe[place]` of `tokens`, which `packToken` lays out. */
   embed(
     r: Recorder,
-    ids: GpuBuffer,
+    tokens: GpuBuffer,
     wte: readonly RowPiece[],
     wpe: readonly RowPiece[],
     x: GpuBuffer,
-    p: { tokens: number; firstPosition: number },
+    count: number,
   ): void {
-    for (const tokenRows of wte) {
-      for (const positionRows of wpe) {
-        const problem = { ...p, wte: tokenRows, wpe: positionRows };
-        this.#run(r, "embedding", problem, {
-          ids,
-          wte: tokenRows.buffer,
-          wpe: positionRows.buffer,
-          x,
-        });
+    for (const [role, pieces] of [["tokenRows", wte], ["positionRows", wpe]] as const) {
+      for (const piece of pieces) {
+        this.#run(r, role, { tokens: count, piece }, { tokens, rows: piece.buffer, x });
       }
     }
   }
@@ -224,7 +226,10 @@ export class ModelKernels {
 
   /** Appends the keys and values in `qkv[tokens, 3, heads, headDim]` to the cache. */
   appendKv(r: Recorder, qkv: GpuBuffer, kv: KvView, p: { tokens: number; firstPosition: number }): void {
-    this.#run(r, "kvAppend", { ...p, capacity: kv.capacity }, { qkv, k: kv.k, v: kv.v });
+    const { blocks, table } = kv;
+    for (const { range, k, v } of kv.parts) {
+      this.#run(r, "kvAppend", { ...p, blocks, range }, { qkv, block_table: table, k, v });
+    }
   }
 
   /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own. */
@@ -235,8 +240,10 @@ export class ModelKernels {
     out: GpuBuffer,
     p: { qLen: number; firstPosition: number; scale: number },
   ): void {
-    const problem = { ...p, capacity: kv.capacity };
-    this.#run(r, "attention", problem, { qkv, k: kv.k, v: kv.v, out });
+    const { blocks, table } = kv;
+    for (const { range, k, v } of kv.parts) {
+      this.#run(r, "attention", { ...p, blocks, range }, { qkv, k, v, block_table: table, out });
+    }
   }
 
   /** Attention of one query over `kvLen` keys, split over the device and merged. */
@@ -248,10 +255,12 @@ export class ModelKernels {
     out: GpuBuffer,
     p: { kvLen: number; scale: number },
   ): void {
-    const problem = { ...p, capacity: kv.capacity };
+    const { blocks, table } = kv;
     const partial = { partial_out: scratch.partialOut, partial_ml: scratch.partialMl };
-    this.#run(r, "decode", problem, { qkv, k: kv.k, v: kv.v, ...partial });
-    this.#run(r, "combine", problem, { ...partial, out });
+    for (const { range, k, v } of kv.parts) {
+      this.#run(r, "decode", { ...p, blocks, range }, { qkv, k, v, block_table: table, ...partial });
+    }
+    this.#run(r, "combine", { ...p, blocks }, { ...partial, out });
   }
 
   /** `logits[rows, vocab] = x[rows, width] · headᵀ` */
@@ -270,6 +279,17 @@ export class ModelKernels {
         logits,
       });
     }
+  }
+
+  /** `nll[firstRow + r] = log Σ exp(logits[r]) - logits[r, targets[firstRow + r]]` for `rows` rows of logits. */
+  nll(
+    r: Recorder,
+    logits: GpuBuffer,
+    targets: GpuBuffer,
+    nll: GpuBuffer,
+    p: { rows: number; vocab: number; firstRow: number },
+  ): void {
+    this.#run(r, "nll", p, { logits, targets, nll });
   }
 
   #run<R extends Role>(

@@ -1,49 +1,118 @@
 /**
- * Where keys and values live. Layout, as kernels index it: for every layer one buffer of keys and one of values, each
- * `[heads, capacity, headDim]` in the run's element type, `headDim` padded to a multiple of four. A head's keys are
- * contiguous, so that a tile of them is one run of memory. Rows at `length` and beyond are undefined.
+ * Where keys and values live. This is the only description of the layout; `shared/kv_blocks.wgsl` indexes it.
+ *
+ * For every layer there are buffers of keys and buffers of values in the run's element type. A buffer holds a range of
+ * heads, all of them unless the device cannot bind that much (`layout.ts`): `[heads, blocks, KV_BLOCK, headDim]`, with
+ * `headDim` padded to a multiple of four. The keys of 64 tokens of a head are one run of memory.
+ *
+ * Position p is row `p % KV_BLOCK` of block `table[floor(p / KV_BLOCK)]`; one table serves all layers and heads. The
+ * kernels accept any table; a new cache takes its blocks in order, so that neighbours in position are neighbours in
+ * memory. Rows at `length` and beyond are undefined.
+ *
+ * Bytes and element counts here pass 2³² (gpt2-xl at 64K has 20 GB of keys and values): they are JavaScript numbers,
+ * exact up to 2⁵³. What a shader computes stays below: it counts vectors within one binding.
  */
-import type { KvView } from "../kernels/index.ts";
-import { createBuffer } from "../runtime/buffers.ts";
+import type { KvBuffers, KvView } from "../kernels/index.ts";
+import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
-import { type Elem, sizeOf } from "../runtime/kernel.ts";
+import type { Elem } from "../runtime/kernel.ts";
+import { headBytes, headRowBytes, type KvLayout } from "./layout.ts";
 
-export interface KvCacheShape {
-  readonly layers: number;
-  readonly heads: number;
-  readonly headDim4: number;
-  readonly elem: Elem;
-}
+/** Bytes of a slice read back, and of uploads in flight before waiting for them: Dawn keeps a copy of each. */
+const SLICE_BYTES = 8 << 20;
+const IN_FLIGHT_BYTES = 64 << 20;
 
-/** Bytes that one token takes in all layers, keys and values. */
-export function kvBytesPerToken(shape: KvCacheShape): number {
-  return 2 * shape.layers * shape.heads * 4 * shape.headDim4 * sizeOf(shape.elem);
+/** A run of bytes in one of the cache's buffers. */
+interface Segment {
+  readonly buffer: GpuBuffer;
+  readonly offset: number;
+  readonly bytes: number;
 }
 
 /** A cache of fixed capacity, written in place: nothing is moved or reallocated as it fills. */
 export class KvCache {
-  readonly capacity: number;
+  readonly #gpu: Gpu;
+  readonly #layout: KvLayout;
+  readonly #order: Uint32Array;
+  readonly #table: GpuBuffer;
   readonly #layers: readonly KvView[];
   #length = 0;
+  #inFlightBytes = 0;
 
-  /** @throws DoesNotFitError when a layer's keys are larger than the device can bind */
-  constructor(gpu: Gpu, shape: KvCacheShape, capacity: number) {
-    const bytes = capacity * kvBytesPerToken(shape) / (2 * shape.layers);
-    const layers: KvView[] = [];
-    this.capacity = capacity;
-    this.#layers = layers;
-    for (let i = 0; i < shape.layers; i++) {
-      layers.push({
-        k: createBuffer(gpu, `layer ${i} keys`, "kv", bytes),
-        v: createBuffer(gpu, `layer ${i} values`, "kv", bytes),
-        capacity,
-      });
+  private constructor(
+    gpu: Gpu,
+    layout: KvLayout,
+    order: Uint32Array,
+    parts: { table: GpuBuffer; layers: readonly KvView[] },
+  ) {
+    this.#gpu = gpu;
+    this.#layout = layout;
+    this.#order = order;
+    this.#table = parts.table;
+    this.#layers = parts.layers;
+  }
+
+  /**
+   * Allocates a cache.
+   * @param order the block table, a permutation of all blocks; in order when left out
+   * @throws DoesNotFitError when the device has no memory for it, or cannot bind one head
+   */
+  static async create(gpu: Gpu, layout: KvLayout, order?: Uint32Array): Promise<KvCache> {
+    const { shape, blocks, ranges } = layout;
+    const table = order ?? Uint32Array.from({ length: blocks }, (_, block) => block);
+    const created: GpuBuffer[] = [];
+    const buffer = async (label: string, bytes: number) => {
+      const made = await allocate(gpu, label, "kv", bytes);
+      created.push(made);
+      return made;
+    };
+    try {
+      const tableBuffer = await buffer("block table", 4 * blocks);
+      upload(tableBuffer, table as Uint32Array<ArrayBuffer>);
+      const layers: KvView[] = [];
+      for (let i = 0; i < shape.layers; i++) {
+        const parts: KvBuffers[] = [];
+        for (const range of ranges) {
+          const bytes = range.heads * headBytes(layout);
+          const of = ranges.length > 1 ? ` of heads ${range.first} to ${range.first + range.heads - 1}` : "";
+          const k = await buffer(`layer ${i} keys${of}`, bytes);
+          parts.push({ range, k, v: await buffer(`layer ${i} values${of}`, bytes) });
+        }
+        layers.push({ parts, table: tableBuffer, blocks });
+      }
+      return new KvCache(gpu, layout, table, { table: tableBuffer, layers });
+    } catch (error) {
+      for (const made of created) made.destroy();
+      throw error;
     }
   }
 
   /** Tokens in the cache. */
   get length(): number {
     return this.#length;
+  }
+
+  /** Tokens it has room for: whole blocks. */
+  get capacity(): number {
+    return this.#layout.blocks * KV_BLOCK;
+  }
+
+  get layers(): number {
+    return this.#layout.shape.layers;
+  }
+
+  get heads(): number {
+    return this.#layout.shape.heads;
+  }
+
+  /** Stored columns of a head, padded to a multiple of four. */
+  get headDim(): number {
+    return 4 * this.#layout.shape.headDim4;
+  }
+
+  get elem(): Elem {
+    return this.#layout.shape.elem;
   }
 
   layer(i: number): KvView {
@@ -68,10 +137,98 @@ export class KvCache {
     this.#length = length;
   }
 
-  destroy(): void {
-    for (const { k, v } of this.#layers) {
-      k.destroy();
-      v.destroy();
+  /**
+   * Reads back the keys or values of a layer's first tokens, `[heads, tokens, headDim]`.
+   * @returns the bytes in order, in slices of a few MiB; a slice is valid until the next is asked for
+   */
+  async *read(layer: number, which: "k" | "v", tokens: number): AsyncGenerator<Uint8Array<ArrayBuffer>> {
+    const total = this.heads * tokens * headRowBytes(this.#layout.shape);
+    const host = [0, 1].map(() => new Uint8Array(Math.min(SLICE_BYTES, total)));
+    const readbacks = host.map((bytes) => new Readback(this.#gpu, "keys and values", bytes.length));
+    try {
+      let pending: { turn: number; bytes: number } | undefined;
+      for (let first = 0, turn = 0; first < total; first += SLICE_BYTES, turn = 1 - turn) {
+        const bytes = Math.min(SLICE_BYTES, total - first);
+        this.#copyOut([...this.#segments(layer, which, tokens, first, bytes)], readbacks[turn]!);
+        // One slice is copied on the GPU while the host works on the one before.
+        if (pending) yield await readbacks[pending.turn]!.readInto(host[pending.turn]!, pending.bytes);
+        pending = { turn, bytes };
+      }
+      if (pending) yield await readbacks[pending.turn]!.readInto(host[pending.turn]!, pending.bytes);
+    } finally {
+      for (const readback of readbacks) readback.destroy();
     }
+  }
+
+  /**
+   * Takes back what `read` gave: bytes of `[heads, tokens, headDim]` from `byteOffset` on, both multiples of 4. The
+   * bytes may be reused at once. Count the tokens with `advance` when all layers are written.
+   */
+  async write(
+    layer: number,
+    which: "k" | "v",
+    tokens: number,
+    byteOffset: number,
+    bytes: Uint8Array<ArrayBuffer>,
+  ): Promise<void> {
+    let taken = 0;
+    for (const segment of this.#segments(layer, which, tokens, byteOffset, bytes.length)) {
+      upload(segment.buffer, bytes.subarray(taken, taken + segment.bytes), segment.offset);
+      taken += segment.bytes;
+    }
+    this.#inFlightBytes += bytes.length;
+    if (this.#inFlightBytes < IN_FLIGHT_BYTES) return;
+    this.#inFlightBytes = 0;
+    await this.#gpu.idle();
+  }
+
+  destroy(): void {
+    this.#table.destroy();
+    for (const { parts } of this.#layers) {
+      for (const { k, v } of parts) {
+        k.destroy();
+        v.destroy();
+      }
+    }
+  }
+
+  /** Where `bytes` bytes from `first` on of `[heads, tokens, headDim]` lie, in order; neighbouring blocks are one run. */
+  *#segments(
+    layer: number,
+    which: "k" | "v",
+    tokens: number,
+    first: number,
+    bytes: number,
+  ): Generator<Segment> {
+    const rowBytes = headRowBytes(this.#layout.shape);
+    const blockBytes = KV_BLOCK * rowBytes;
+    const { parts } = this.layer(layer);
+    for (let at = first; at < first + bytes;) {
+      const head = Math.floor(at / (tokens * rowBytes));
+      const inHead = at - head * tokens * rowBytes;
+      const part = parts.find(({ range }) => head < range.first + range.heads)!;
+      const start = Math.floor(inHead / blockBytes);
+      let end = start + 1;
+      while (end * KV_BLOCK < tokens && this.#order[end] === this.#order[end - 1]! + 1) end++;
+      const runEnd = Math.min(end * blockBytes, tokens * rowBytes);
+      const length = Math.min(runEnd - inHead, first + bytes - at);
+      yield {
+        buffer: part[which],
+        offset: (head - part.range.first) * headBytes(this.#layout) + this.#order[start]! * blockBytes +
+          inHead - start * blockBytes,
+        bytes: length,
+      };
+      at += length;
+    }
+  }
+
+  #copyOut(segments: readonly Segment[], readback: Readback): void {
+    const encoder = this.#gpu.device.createCommandEncoder({ label: "read keys and values" });
+    let to = 0;
+    for (const { buffer, offset, bytes } of segments) {
+      encoder.copyBufferToBuffer(buffer.handle, offset, readback.handle, to, bytes);
+      to += bytes;
+    }
+    this.#gpu.device.queue.submit([encoder.finish()]);
   }
 }

@@ -2,9 +2,18 @@
 import type { Gpt2, PrefillOptions } from "./gpt2.ts";
 import { createSampler, logSoftmaxTopK, type SamplingOptions, type TokenLogprob } from "./sampling.ts";
 import { StopMatcher } from "./stop_matcher.ts";
+import type { TokenSource } from "./token_source.ts";
 import { StreamDecoder } from "./tokenizer.ts";
 
 export type FinishReason = "length" | "eos" | "stop" | "interrupt";
+
+/** What a generation continues. */
+export interface Prompt {
+  /** Tokens that are in the model's cache already. */
+  readonly cached: ArrayLike<number>;
+  /** The tokens behind them, or the logits after them when there are none. */
+  readonly rest: TokenSource | { readonly logits: Float32Array };
+}
 
 export interface GenerationOptions {
   readonly maxTokens: number;
@@ -18,6 +27,8 @@ export interface GenerationOptions {
   /** Ends the generation, between two chunks of the prompt or before the next step, as an interruption. */
   readonly signal?: AbortSignal;
   readonly onPrefillProgress?: PrefillOptions["onProgress"];
+  /** Awaited between the prompt and the first token, with all of the prompt's tokens and the logits after them. */
+  readonly onPrefilled?: (ids: readonly number[], logits: Float32Array) => Promise<void> | void;
 }
 
 export interface GeneratedToken {
@@ -34,7 +45,7 @@ export interface GeneratedToken {
  */
 export async function* generate(
   model: Gpt2,
-  prompt: readonly number[],
+  prompt: Prompt,
   bytesOf: ((id: number) => Uint8Array) | undefined,
   options: GenerationOptions,
 ): AsyncGenerator<GeneratedToken, { finishReason: FinishReason; heldBack: string }> {
@@ -42,7 +53,7 @@ export async function* generate(
   const sampler = createSampler(sampling);
   const decoder = bytesOf && new StreamDecoder({ bytesOf });
   const stops = new StopMatcher(options.stop);
-  const seen = [...prompt];
+  const seen = Array.from(prompt.cached);
   const finish = (finishReason: FinishReason) => {
     const tail = stops.push(decoder?.flush() ?? "");
     return { finishReason, heldBack: tail.emit + (tail.stopped ? "" : stops.flush()) };
@@ -50,10 +61,13 @@ export async function* generate(
 
   let logits: Float32Array;
   try {
-    logits = await model.prefill(prompt, {
-      signal: options.signal,
-      ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
-    });
+    logits = "logits" in prompt.rest
+      ? prompt.rest.logits
+      : await model.prefill(remembering(prompt.rest, seen), {
+        signal: options.signal,
+        ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
+      });
+    await options.onPrefilled?.(seen, logits);
   } catch (error) {
     if (options.signal?.aborted && error === options.signal.reason) return finish("interrupt");
     throw error;
@@ -70,4 +84,15 @@ export async function* generate(
     if (step + 1 < maxTokens) logits = await model.decodeStep(id);
   }
   return finish("length");
+}
+
+/** Hands the tokens on and adds them to a list. */
+function remembering(source: TokenSource, seen: number[]): TokenSource {
+  return {
+    async take(most) {
+      const ids = await source.take(most);
+      for (const id of ids) seen.push(id);
+      return ids;
+    },
+  };
 }

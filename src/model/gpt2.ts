@@ -2,58 +2,73 @@
  * The GPT-2 graph (Radford et al. 2019) on the GPU: what is computed, in which order, into which buffer. The same
  * graph in plain loops is in `reference.ts`.
  */
-import { KvCache } from "../kvcache/cache.ts";
+import { packToken, TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
 import { ModelKernels } from "../kernels/index.ts";
-import { createBuffer, type GpuBuffer, Readback, upload } from "../runtime/buffers.ts";
+import { KvCache } from "../kvcache/cache.ts";
+import { allocate, type GpuBuffer, OutOfMemoryError, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
-import { InputError } from "../runtime/errors.ts";
-import { type Elem, sizeOf } from "../runtime/kernel.ts";
+import { DoesNotFitError, InputError } from "../runtime/errors.ts";
+import type { Elem } from "../runtime/kernel.ts";
 import { Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
-import { checkContextFits, kernelShape, kvShape, paddedSizes } from "./memory_plan.ts";
+import {
+  type ActivationName,
+  checkFits,
+  contextHint,
+  kernelShape,
+  type MemoryPlan,
+  planMemory,
+} from "./memory_plan.ts";
+import { exactPositions, positionLimit, positionPlace, type Positions } from "./positions.ts";
+import { tokensOf, type TokenSource } from "./token_source.ts";
 import type { WeightSource } from "./weight_source.ts";
 import { type Gpt2Weights, type LoadProgress, loadWeights } from "./weights.ts";
-
-/** Tokens of a prompt that go through the layers at a time: activations grow with this, not with the context. */
-const CHUNK_TOKENS = 2048;
-/** Rows that meet the output head at a time when all of a prompt's logits are asked for. */
-const LOGIT_ROWS = 64;
 
 export interface Gpt2Options {
   /** Tokens to hold keys and values for. */
   readonly context: number;
   /** Storage of weights, activations and the cache; sums are in f32 either way. */
   readonly elem: Elem;
+  /** Row of `wpe` by position; `exact` when left out. */
+  readonly positions?: Positions;
+  /** Also allocate what `onNll` and `onLogits` need. */
+  readonly scoring?: boolean;
   readonly onLoad?: LoadProgress;
   readonly profiler?: Profiler | undefined;
+  /** The KV cache's block table: any permutation of its blocks gives the same results. In order when left out. */
+  readonly blockTable?: Uint32Array;
 }
 
 export interface PrefillOptions {
   /** Ends the run between two chunks by throwing its reason; the tokens of the chunks before stay in the cache. */
   readonly signal?: AbortSignal | undefined;
-  /** Called as chunks complete on the GPU. */
-  readonly onProgress?: (doneTokens: number, totalTokens: number) => void;
+  /** Called with the tokens of this call that the GPU has completed. */
+  readonly onProgress?: (doneTokens: number) => void;
   /** Sees the residual stream after `embedding` and every `block_0`, `block_1`, …, and the last row after `ln_f`. */
   readonly tap?: Tap;
-  /** Receives the logits `[rows, vocab]` of every token, in order; without it only the last row is computed. */
-  readonly onLogits?: (firstToken: number, logits: Float32Array) => void;
-  /** Tokens a chunk; the results do not depend on it beyond rounding. */
+  /**
+   * Receives the negative log-likelihood, in nats, of each token but the first given those before it, in order: `nll[i]`
+   * is that of token `first + i` of this call. Needs `scoring`.
+   */
+  readonly onNll?: (first: number, nll: Float32Array) => void;
+  /** Receives the logits `[vocab]` after the tokens that `wantsLogits` accepts, in order. Needs `scoring`. */
+  readonly onLogits?: (token: number, logits: Float32Array) => void;
+  /** All tokens when left out. */
+  readonly wantsLogits?: (token: number) => boolean;
+  /** Tokens a chunk, at most what the plan allows; the results do not depend on it beyond rounding. */
   readonly chunkTokens?: number;
 }
 
-interface Activations {
-  readonly ids: GpuBuffer; // [chunk] u32
-  readonly x: GpuBuffer; // [chunk, width] f32: the residual stream
-  readonly normed: GpuBuffer; // [chunk, width]
-  readonly qkv: GpuBuffer; // [chunk, 3, heads, headDim]
-  readonly attended: GpuBuffer; // [chunk, heads, headDim]
-  readonly hidden: GpuBuffer; // [chunk, inner]
-  readonly partialOut: GpuBuffer; // [splits, heads, headDim] f32
-  readonly partialMl: GpuBuffer; // [splits, heads, 2] f32
-  readonly final: GpuBuffer; // [LOGIT_ROWS, width] f32, after ln_f
-  readonly logits: GpuBuffer; // [1, vocab] f32
+type Activations = Readonly<Record<ActivationName, GpuBuffer>>;
+
+interface Parts {
+  readonly plan: MemoryPlan;
+  readonly kernels: ModelKernels;
+  readonly cache: KvCache;
+  readonly activations: Activations;
+  readonly weights: Gpt2Weights;
 }
 
 /** A model on a device with one sequence in its cache. */
@@ -61,54 +76,70 @@ export class Gpt2 {
   readonly config: GPT2Config;
   readonly elem: Elem;
   readonly #gpu: Gpu;
+  readonly #plan: MemoryPlan;
+  readonly #positions: Positions;
   readonly #kernels: ModelKernels;
   readonly #weights: Gpt2Weights;
   readonly #cache: KvCache;
   readonly #activations: Activations;
   readonly #logitsReadback: Readback;
+  /** Two: one chunk's likelihoods are read while the next chunk's are computed. None without `scoring`. */
+  readonly #nllReadbacks: readonly Readback[];
   readonly #profiler: Profiler | undefined;
 
-  private constructor(
-    gpu: Gpu,
-    config: GPT2Config,
-    options: Gpt2Options,
-    parts: { kernels: ModelKernels; cache: KvCache; activations: Activations; weights: Gpt2Weights },
-  ) {
+  private constructor(gpu: Gpu, config: GPT2Config, options: Gpt2Options, parts: Parts) {
+    const { plan, kernels, cache, activations, weights } = parts;
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
     this.#profiler = options.profiler;
-    this.#kernels = parts.kernels;
-    this.#cache = parts.cache;
-    this.#activations = parts.activations;
-    this.#weights = parts.weights;
+    this.#positions = options.positions ?? exactPositions(config.nPositions);
+    this.#plan = plan;
+    this.#kernels = kernels;
+    this.#cache = cache;
+    this.#activations = activations;
+    this.#weights = weights;
     this.#logitsReadback = new Readback(gpu, "logits", 4 * config.vocabSize);
+    this.#nllReadbacks = (options.scoring ? [0, 1] : []).map(() =>
+      new Readback(gpu, "negative log-likelihoods", 4 * plan.chunkTokens)
+    );
   }
 
   /**
    * Loads a checkpoint; pipelines compile while its weights stream to the GPU.
-   * @throws DoesNotFitError before anything is allocated when a layer's keys exceed a binding, and before any weight is
-   * read when cache and activations exceed the memory
+   * @throws DoesNotFitError with the largest context that fits: before anything is allocated when the plan exceeds what
+   * the device says of itself, otherwise when an allocation fails
    */
   static async load(gpu: Gpu, source: WeightSource, config: GPT2Config, options: Gpt2Options): Promise<Gpt2> {
-    const { elem, context, onLoad } = options;
-    checkContextFits(config, context, elem, gpu.caps);
+    const { elem, onLoad } = options;
     const checkpoint = resolveCheckpoint(source, config);
+    const planOptions = { ...options, untiedHead: !checkpoint.tiedLmHead };
+    const plan = planMemory(config, planOptions, gpu.caps);
+    checkFits(config, planOptions, plan, gpu.caps);
     const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps));
     const owned: { destroy(): void }[] = [];
     try {
-      const cache = new KvCache(gpu, kvShape(config, elem), context);
+      const cache = await KvCache.create(gpu, plan.kv, options.blockTable);
       owned.push(cache);
-      const activations = allocateActivations(gpu, config, kernels, options);
-      owned.push(...Object.values(activations));
-      await gpu.idle(); // reports memory that ran out
+      const activations = {} as Record<ActivationName, GpuBuffer>;
+      for (const [name, { label, bytes }] of Object.entries(plan.activations)) {
+        const buffer = await allocate(gpu, label, "activations", bytes);
+        owned.push(buffer);
+        activations[name as ActivationName] = buffer;
+      }
       const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
       owned.push(weights);
       await kernels.compiled;
-      return new Gpt2(gpu, config, options, { kernels, cache, activations, weights });
+      return new Gpt2(gpu, config, options, { plan, kernels, cache, activations, weights });
     } catch (error) {
       for (const part of owned) part.destroy();
-      throw error;
+      if (!(error instanceof OutOfMemoryError)) throw error;
+      // What this process could allocate is the only measure of the memory that WebGPU gives.
+      const limits = { ...gpu.caps, memoryBytes: error.allocatedBytes };
+      throw new DoesNotFitError(error.message, {
+        hint: `${contextHint(config, planOptions, limits)}; other programs may be using the GPU`,
+        cause: error,
+      });
     }
   }
 
@@ -117,9 +148,19 @@ export class Gpt2 {
     return this.#cache.length;
   }
 
-  /** Tokens the cache has room for. */
+  /** Tokens that this run was planned for. */
   get context(): number {
-    return this.#cache.capacity;
+    return this.#plan.context;
+  }
+
+  /** What was allocated, and why. */
+  get plan(): MemoryPlan {
+    return this.#plan;
+  }
+
+  /** The cache, to save its contents. */
+  get cache(): KvCache {
+    return this.#cache;
   }
 
   /** Forgets the tokens from `length` on, so that another continuation can follow. */
@@ -127,34 +168,63 @@ export class Gpt2 {
     this.#cache.truncate(length);
   }
 
+  /** @throws InputError when the sequence cannot have `end` tokens */
+  checkRoom(end: number): void {
+    const limit = positionLimit(this.#positions);
+    if (end > limit) throw tooManyPositions(end, this.#positions);
+    if (end > this.#plan.context) {
+      throw new InputError(`${end} tokens do not fit: this run has room for ${this.#plan.context}`, {
+        hint: "plan for more tokens with `--context`",
+      });
+    }
+  }
+
   /**
-   * Runs tokens through the model behind those already in the cache.
+   * Runs tokens through the model behind those already in the cache, a chunk at a time: tokens of the next chunk are
+   * asked for while the GPU works on this one.
    * @returns the logits after the last of them, `[vocab]`
    */
-  async prefill(ids: ArrayLike<number>, options: PrefillOptions = {}): Promise<Float32Array> {
-    this.#checkTokens(ids);
-    const chunkTokens = Math.min(options.chunkTokens ?? CHUNK_TOKENS, CHUNK_TOKENS);
+  async prefill(
+    tokens: TokenSource | ArrayLike<number>,
+    options: PrefillOptions = {},
+  ): Promise<Float32Array> {
+    const source = "take" in tokens ? tokens : tokensOf(tokens);
+    const { chunkTokens: most } = this.#plan;
+    const chunkTokens = Math.min(options.chunkTokens ?? most, most);
+    const scores = options.onNll || options.onLogits
+      ? new PrefillScores(this.#nllReadbacks, options)
+      : undefined;
+    let chunk = await source.take(chunkTokens);
+    if (chunk.length === 0) throw new InputError("There are no tokens to run");
+    let done = 0;
     let submitted: Promise<void> | undefined;
-    for (let first = 0; first < ids.length; first += chunkTokens) {
+    for (;;) {
       options.signal?.throwIfAborted();
-      const tokens = Math.min(chunkTokens, ids.length - first);
-      const isLast = first + tokens === ids.length;
-      upload(this.#activations.ids, Uint32Array.from({ length: tokens }, (_, t) => ids[first + t]!));
+      this.#upload(chunk);
       const r = this.#recorder("prefill", options.tap);
-      this.#recordLayers(r, tokens);
-      if (isLast) this.#recordLogits(r, tokens - 1);
+      this.#recordLayers(r, chunk.length);
       r.submit();
       await this.#profiler?.collect();
-      if (options.onLogits) await this.#allLogits(first, tokens, options.onLogits);
+      const next = await source.take(chunkTokens);
+      if (scores) await this.#score(scores, done, chunk, next[0]);
+      const tokensRun = chunk.length;
+      if (next.length === 0) break;
       // One chunk runs while the next is recorded: the queue never empties, nor does it fill without bound.
       await submitted;
-      if (first > 0) options.onProgress?.(first, ids.length);
+      if (done > 0) options.onProgress?.(done);
       submitted = this.#gpu.idle();
       submitted.catch(() => {}); // whatever fails first is thrown, and then nobody may await this one
+      done += tokensRun;
+      chunk = next;
     }
+    const r = this.#recorder("logits", options.tap);
+    this.#recordLogits(r, chunk.length - 1);
+    r.submit();
     const logits = await this.#logitsReadback.read();
+    await this.#profiler?.collect();
     await submitted;
-    options.onProgress?.(ids.length, ids.length);
+    await scores?.flush();
+    options.onProgress?.(done + chunk.length);
     return new Float32Array(logits);
   }
 
@@ -163,8 +233,7 @@ export class Gpt2 {
    * @returns the logits after it, `[vocab]`
    */
   async decodeStep(id: number): Promise<Float32Array> {
-    this.#checkTokens([id]);
-    upload(this.#activations.ids, Uint32Array.of(id));
+    this.#upload([id]);
     const r = this.#recorder("decode");
     this.#recordLayers(r, 1);
     this.#recordLogits(r, 0);
@@ -176,21 +245,39 @@ export class Gpt2 {
 
   destroy(): void {
     this.#logitsReadback.destroy();
+    for (const readback of this.#nllReadbacks) readback.destroy();
     for (const buffer of Object.values(this.#activations)) buffer.destroy();
     this.#cache.destroy();
     this.#weights.destroy();
   }
 
-  /** The transformer: `tokens` ids become keys and values in the cache and the last residual stream in `x`. */
+  /** Checks tokens and puts them, with their positions, where the embedding reads them. */
+  #upload(ids: ArrayLike<number>): void {
+    const first = this.#cache.length;
+    this.checkRoom(first + ids.length);
+    const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * ids.length));
+    for (let t = 0; t < ids.length; t++) {
+      const id = ids[t]!;
+      if (!(Number.isInteger(id) && id >= 0 && id < this.config.vocabSize)) {
+        throw new InputError(
+          `Token ${first + t} is ${id}, the model's ids go from 0 to ${this.config.vocabSize - 1}`,
+        );
+      }
+      packToken(packed, t, id, positionPlace(this.#positions, first + t));
+    }
+    upload(this.#activations.tokens, packed);
+  }
+
+  /** The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`. */
   #recordLayers(r: Recorder, tokens: number): void {
     const { nLayer, headDim, scaleAttnWeights, scaleAttnByInverseLayerIdx } = this.config;
-    const { ids, x, normed, qkv, attended, hidden } = this.#activations;
+    const { x, normed, qkv, attended, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
     const kernels = this.#kernels;
     const firstPosition = this.#cache.length;
     this.#cache.advance(tokens);
 
-    kernels.embed(r, ids, wte, wpe, x, { tokens, firstPosition });
+    kernels.embed(r, this.#activations.tokens, wte, wpe, x, tokens);
     r.tap("embedding", x);
     for (let i = 0; i < nLayer; i++) {
       const block = blocks[i]!;
@@ -226,77 +313,116 @@ export class Gpt2 {
     r.copy(logits, 0, this.#logitsReadback, 0, 4 * this.config.vocabSize);
   }
 
-  /** Logits of all of a chunk's rows, a few at a time: never `[chunk, vocab]`. */
-  async #allLogits(
-    firstToken: number,
-    tokens: number,
-    onLogits: NonNullable<PrefillOptions["onLogits"]>,
+  /** Likelihoods and logits of a chunk's tokens, some rows at a time: never `[chunk, vocab]`. */
+  async #score(
+    scores: PrefillScores,
+    first: number,
+    chunk: Uint32Array,
+    next: number | undefined,
   ): Promise<void> {
-    const { vocabSize } = this.config;
-    const { x, final } = this.#activations;
-    const logits = createBuffer(this.#gpu, "logits of many rows", "activations", 4 * LOGIT_ROWS * vocabSize);
-    const readback = new Readback(this.#gpu, "logits of many rows", 4 * LOGIT_ROWS * vocabSize);
-    try {
-      for (let row = 0; row < tokens; row += LOGIT_ROWS) {
-        const rows = Math.min(LOGIT_ROWS, tokens - row);
-        const r = this.#recorder("logits");
-        this.#kernels.finalNorm(r, x, this.#weights.ln_f, final, row, rows);
-        this.#kernels.lmHead(r, final, this.#weights.lm_head, logits, { rows, vocab: vocabSize });
-        r.copy(logits, 0, readback, 0, 4 * rows * vocabSize);
+    const { vocabSize: vocab } = this.config;
+    const { x, final, logits, targets, nll } = this.#activations;
+    const { ln_f, lm_head } = this.#weights;
+    const kernels = this.#kernels;
+    // The last token's successor is the next chunk's first, or there is none to be surprised by.
+    const following = Uint32Array.from(chunk, (_, t) => chunk[t + 1] ?? next ?? 0);
+    const scored = next === undefined ? chunk.length - 1 : chunk.length;
+    upload(targets, following);
+    let r = this.#recorder("score");
+    for (let row = 0; row < chunk.length; row += this.#plan.logitRows) {
+      const rows = Math.min(this.#plan.logitRows, chunk.length - row);
+      const wanted = scores.wantedRows(first + row, rows);
+      if (!scores.wantsNll && wanted.length === 0) continue;
+      kernels.finalNorm(r, x, ln_f, final, row, rows);
+      kernels.lmHead(r, final, lm_head, logits, { rows, vocab });
+      if (scores.wantsNll) kernels.nll(r, logits, targets, nll, { rows, vocab, firstRow: row });
+      if (wanted.length === 0) continue;
+      const readback = new Readback(this.#gpu, "logits of many rows", 4 * wanted.length * vocab);
+      try {
+        wanted.forEach((w, i) => r.copy(logits, 4 * w * vocab, readback, 4 * i * vocab, 4 * vocab));
         r.submit();
-        onLogits(firstToken + row, new Float32Array(await readback.read(), 0, rows * vocabSize));
-        await this.#profiler?.collect();
+        scores.showLogits(first + row, wanted, new Float32Array(await readback.read()), vocab);
+      } finally {
+        readback.destroy();
       }
-    } finally {
-      logits.destroy();
-      readback.destroy();
+      await this.#profiler?.collect();
+      r = this.#recorder("score");
     }
+    const readback = scores.wantsNll && scored > 0 ? scores.nextReadback(first + 1, scored) : undefined;
+    if (readback) r.copy(nll, 0, readback, 0, 4 * scored);
+    r.submit();
+    await this.#profiler?.collect();
+    await scores.readEarlier();
   }
 
   #recorder(label: string, tap?: Tap): Recorder {
     return new Recorder(this.#gpu, label, { profiler: this.#profiler, tap });
   }
-
-  #checkTokens(ids: ArrayLike<number>): void {
-    const { vocabSize, nPositions } = this.config;
-    if (ids.length === 0) throw new InputError("There are no tokens to run");
-    for (let t = 0; t < ids.length; t++) {
-      const id = ids[t]!;
-      if (!(Number.isInteger(id) && id >= 0 && id < vocabSize)) {
-        throw new InputError(`Token ${t} is ${id}, the model's ids go from 0 to ${vocabSize - 1}`);
-      }
-    }
-    const end = this.#cache.length + ids.length;
-    const room = Math.min(this.#cache.capacity, nPositions);
-    if (end > room) {
-      throw new InputError(`${end} tokens do not fit: this run has room for ${room}`, {
-        hint: `the model has ${nPositions} positions; plan for more tokens with \`--context\``,
-      });
-    }
-  }
 }
 
-function allocateActivations(
-  gpu: Gpu,
-  config: GPT2Config,
-  kernels: ModelKernels,
-  { context, elem }: Gpt2Options,
-): Activations {
-  const { width, headsWidth, inner } = paddedSizes(config);
-  const chunk = Math.min(context, CHUNK_TOKENS);
-  const splits = kernels.decodeSplits(context);
-  const stored = sizeOf(elem);
-  const buffer = (label: string, bytes: number) => createBuffer(gpu, label, "activations", bytes);
-  return {
-    ids: buffer("ids", 4 * chunk),
-    x: buffer("residual stream", 4 * chunk * width),
-    normed: buffer("layer norm", stored * chunk * width),
-    qkv: buffer("qkv", stored * chunk * 3 * headsWidth),
-    attended: buffer("attention", stored * chunk * headsWidth),
-    hidden: buffer("mlp", stored * chunk * inner),
-    partialOut: buffer("attention splits", 4 * splits * headsWidth),
-    partialMl: buffer("attention split statistics", 8 * splits * config.nHead),
-    final: buffer("final layer norm", 4 * LOGIT_ROWS * width),
-    logits: buffer("logits", 4 * config.vocabSize),
-  };
+/** What is said of a text beyond the positions, here and before anything runs. */
+export function tooManyPositions(tokens: number, { mode, nPositions, context }: Positions): InputError {
+  return mode === "interpolate"
+    ? new InputError(
+      `${tokens} tokens do not fit: positions are interpolated for ${Math.max(nPositions, context)}`,
+      {
+        hint: "plan for more tokens with `--context`",
+      },
+    )
+    : new InputError(`${tokens} tokens do not fit: the model has ${nPositions} positions`, {
+      hint:
+        "shorten the text, or go beyond with `--positions interpolate` or `--positions repeat`, at a loss",
+    });
+}
+
+/** What the caller of `prefill` asked to see of each token, and the likelihoods that are still on their way. */
+class PrefillScores {
+  readonly #readbacks: readonly Readback[];
+  readonly #options: PrefillOptions;
+  #turn = 0;
+  #pending: { readback: Readback; first: number; count: number }[] = [];
+
+  constructor(readbacks: readonly Readback[], options: PrefillOptions) {
+    if (readbacks.length === 0) {
+      throw new Error("onNll and onLogits need a model that was loaded with `scoring`");
+    }
+    this.#readbacks = readbacks;
+    this.#options = options;
+  }
+
+  get wantsNll(): boolean {
+    return this.#options.onNll !== undefined;
+  }
+
+  /** Which of `rows` rows from token `first` on are wanted. */
+  wantedRows(first: number, rows: number): number[] {
+    const { onLogits, wantsLogits = () => true } = this.#options;
+    if (!onLogits) return [];
+    return Array.from({ length: rows }, (_, r) => r).filter((r) => wantsLogits(first + r));
+  }
+
+  showLogits(first: number, rows: readonly number[], logits: Float32Array, vocab: number): void {
+    rows.forEach((row, i) => this.#options.onLogits?.(first + row, logits.slice(i * vocab, (i + 1) * vocab)));
+  }
+
+  /** Where to copy `count` likelihoods to, those of the tokens from `first` on. */
+  nextReadback(first: number, count: number): Readback {
+    const readback = this.#readbacks[this.#turn++ % this.#readbacks.length]!;
+    this.#pending.push({ readback, first, count });
+    return readback;
+  }
+
+  /** Waits for all but the latest: the GPU goes on meanwhile. */
+  async readEarlier(): Promise<void> {
+    while (this.#pending.length > 1) await this.#readOne();
+  }
+
+  async flush(): Promise<void> {
+    while (this.#pending.length > 0) await this.#readOne();
+  }
+
+  async #readOne(): Promise<void> {
+    const { readback, first, count } = this.#pending.shift()!;
+    this.#options.onNll?.(first, new Float32Array(await readback.read(), 0, count));
+  }
 }

@@ -1,11 +1,24 @@
-/** Bytes a model needs on the device, from its config alone: asked before anything is allocated. */
+/**
+ * Bytes that a run needs on the device, from sizes and limits alone: asked before anything is allocated, and what is
+ * allocated afterwards is what it says, buffer by buffer.
+ */
+import { TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
+import { decodeSplits } from "../kernels/flash_decode/flash_decode.ts";
 import type { KernelShape } from "../kernels/index.ts";
-import { kvBytesPerToken, type KvCacheShape } from "../kvcache/cache.ts";
+import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { headBytes, kvBytesPerToken, type KvCacheShape, type KvLayout, kvLayout } from "../kvcache/layout.ts";
+import { bufferBytes, formatBytes, type Purpose } from "../runtime/buffers.ts";
 import type { Capabilities } from "../runtime/device.ts";
-import { formatBytes } from "../runtime/buffers.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import { type Elem, sizeOf } from "../runtime/kernel.ts";
 import type { GPT2Config } from "./config.ts";
+
+/** Tokens of a prompt that go through the layers at a time: activations grow with this, not with the context. */
+const CHUNK_TOKENS = 2048;
+/** Fewer than this a chunk would starve any device. */
+const LEAST_CHUNK_TOKENS = 64;
+/** Logits of many rows held at a time. */
+const LOGITS_BYTES = 32 << 20;
 
 /** Padded sizes: rows of four elements are what the kernels read, and padding is zero everywhere. */
 export interface PaddedSizes {
@@ -45,29 +58,272 @@ export function kernelShape(config: GPT2Config, elem: Elem, caps: Capabilities):
   return { elem, width: config.nEmbd, heads, headDim4, unroll: !caps.isSoftware };
 }
 
-/**
- * The longest context whose keys of one layer fit one binding.
- * @returns tokens; may exceed the model's positions
- */
-export function largestContext(config: GPT2Config, elem: Elem, caps: Capabilities): number {
-  const bytesPerToken = paddedSizes(config).headsWidth * sizeOf(elem);
-  return Math.floor(Math.min(caps.maxBufferBytes, caps.maxBindingBytes) / bytesPerToken);
+/** The part of a device's capabilities that says what fits. */
+export type MemoryLimits = Pick<Capabilities, "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">;
+
+export interface PlanOptions {
+  /** Tokens to hold keys and values for. */
+  readonly context: number;
+  readonly elem: Elem;
+  /** Also room for the logits of many rows at a time and their likelihoods. */
+  readonly scoring?: boolean;
+  /** The output head is a table of its own. */
+  readonly untiedHead?: boolean;
 }
 
-/** @throws DoesNotFitError naming the largest context that does fit, in this type and in f16 */
-export function checkContextFits(config: GPT2Config, context: number, elem: Elem, caps: Capabilities): void {
-  const largest = largestContext(config, elem, caps);
-  if (context <= largest) return;
-  const inF16 = largestContext(config, "f16", caps);
-  const bytes = context * kvBytesPerToken(kvShape(config, elem)) / (2 * config.nLayer);
+export interface PlannedBuffer {
+  readonly label: string;
+  readonly purpose: Purpose;
+  readonly bytes: number;
+}
+
+export interface MemoryPlan {
+  readonly context: number;
+  readonly elem: Elem;
+  /** Tokens that go through the layers at a time. */
+  readonly chunkTokens: number;
+  /** Rows whose logits are held at a time when a text is scored. */
+  readonly logitRows: number;
+  readonly kv: KvLayout;
+  readonly activations: Readonly<Record<ActivationName, PlannedBuffer>>;
+  /** Everything, the activations among it. */
+  readonly buffers: readonly PlannedBuffer[];
+  readonly bytes: Readonly<Record<Purpose, number>>;
+  readonly totalBytes: number;
+  /** Growth with the context: keys and values of one token. */
+  readonly bytesPerToken: number;
+}
+
+export type ActivationName =
+  | "tokens" // [chunk, 3] u32: id, row of wpe, weight
+  | "x" // [chunk, width] f32: the residual stream
+  | "normed" // [chunk, width]
+  | "qkv" // [chunk, 3, heads, headDim]
+  | "attended" // [chunk, heads, headDim]
+  | "hidden" // [chunk, inner]
+  | "partialOut" // [splits, heads, headDim] f32
+  | "partialMl" // [splits, heads, 2] f32
+  | "final" // [logitRows, width] f32, after ln_f
+  | "logits" // [logitRows, vocab] f32
+  | "targets" // [chunk] u32: the tokens that follow
+  | "nll"; // [chunk] f32
+
+/**
+ * Plans a run; whether it fits is `checkFits`' question.
+ * @param limits decide how tables and heads are divided over buffers, and how large a chunk may be
+ */
+export function planMemory(config: GPT2Config, options: PlanOptions, limits: MemoryLimits): MemoryPlan {
+  const { context, elem, scoring = false } = options;
+  const most = Math.min(limits.maxBufferBytes, limits.maxBindingBytes);
+  const kv = kvLayout(kvShape(config, elem), context, most);
+  const chunkTokens = chooseChunk(config, context, elem, most);
+  const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
+  const activations = planActivations(config, options, { chunkTokens, logitRows, heads: kv.shape.heads });
+  const buffers = [
+    ...planWeights(config, options, most),
+    ...planCache(kv),
+    ...Object.values(activations),
+    ...planStaging(config, options, chunkTokens),
+  ];
+  const bytes: Record<Purpose, number> = { weights: 0, kv: 0, activations: 0, staging: 0 };
+  for (const buffer of buffers) bytes[buffer.purpose] += buffer.bytes;
+  return {
+    context,
+    elem,
+    chunkTokens,
+    logitRows,
+    kv,
+    activations,
+    buffers,
+    bytes,
+    totalBytes: bytes.weights + bytes.kv + bytes.activations + bytes.staging,
+    bytesPerToken: kvBytesPerToken(kv.shape),
+  };
+}
+
+/** The longest chunk up to `CHUNK_TOKENS` and the context whose widest row of activations fits one binding. */
+function chooseChunk(config: GPT2Config, context: number, elem: Elem, most: number): number {
+  const { width, headsWidth, inner } = paddedSizes(config);
+  const widest = Math.max(4 * width, sizeOf(elem) * Math.max(3 * headsWidth, inner), TOKEN_BYTES);
+  let chunk = CHUNK_TOKENS;
+  while (chunk > LEAST_CHUNK_TOKENS && chunk * widest > most) chunk /= 2;
+  return Math.min(context, chunk);
+}
+
+function chooseLogitRows({ vocabSize }: GPT2Config, chunkTokens: number, most: number): number {
+  return Math.max(1, Math.min(chunkTokens, Math.floor(Math.min(LOGITS_BYTES, most) / (4 * vocabSize))));
+}
+
+function planActivations(
+  config: GPT2Config,
+  { context, elem, scoring = false }: PlanOptions,
+  { chunkTokens, logitRows, heads }: { chunkTokens: number; logitRows: number; heads: number },
+): Readonly<Record<ActivationName, PlannedBuffer>> {
+  const { width, headsWidth, inner } = paddedSizes(config);
+  const splits = decodeSplits(context);
+  const stored = sizeOf(elem);
+  const scored = scoring ? chunkTokens : 1;
+  const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
+  return {
+    tokens: buffer("tokens", TOKEN_BYTES * chunkTokens),
+    x: buffer("residual stream", 4 * chunkTokens * width),
+    normed: buffer("layer norm", stored * chunkTokens * width),
+    qkv: buffer("qkv", stored * chunkTokens * 3 * headsWidth),
+    attended: buffer("attention", stored * chunkTokens * headsWidth),
+    hidden: buffer("mlp", stored * chunkTokens * inner),
+    partialOut: buffer("attention splits", 4 * splits * headsWidth),
+    partialMl: buffer("attention split statistics", 8 * splits * heads),
+    final: buffer("final layer norm", 4 * logitRows * width),
+    logits: buffer("logits", 4 * logitRows * config.vocabSize),
+    targets: buffer("targets", 4 * scored),
+    nll: buffer("negative log-likelihoods", 4 * scored),
+  };
+}
+
+function planCache(kv: KvLayout): PlannedBuffer[] {
+  const buffers = [planned("block table", "kv", 4 * kv.blocks)];
+  for (let i = 0; i < kv.shape.layers; i++) {
+    for (const { first, heads } of kv.ranges) {
+      const of = kv.ranges.length > 1 ? ` of heads ${first} to ${first + heads - 1}` : "";
+      const bytes = heads * headBytes(kv);
+      buffers.push(
+        planned(`layer ${i} keys${of}`, "kv", bytes),
+        planned(`layer ${i} values${of}`, "kv", bytes),
+      );
+    }
+  }
+  return buffers;
+}
+
+function planStaging(
+  { vocabSize }: GPT2Config,
+  { scoring = false }: PlanOptions,
+  chunkTokens: number,
+): PlannedBuffer[] {
+  const logits = planned("readback of logits", "staging", 4 * vocabSize);
+  const nll = planned("readback of negative log-likelihoods", "staging", 4 * chunkTokens);
+  return scoring ? [logits, nll, nll] : [logits];
+}
+
+function planWeights(config: GPT2Config, { elem, untiedHead = false }: PlanOptions, most: number) {
+  const { width, headsWidth, inner } = paddedSizes(config);
+  const buffers: PlannedBuffer[] = [];
+  const table = (name: string, rows: number) => {
+    for (const piece of rowPieces(rows, width * sizeOf(elem), most)) {
+      buffers.push(planned(pieceLabel(name, rows, piece), "weights", piece.rows * width * sizeOf(elem)));
+    }
+  };
+  const vector = (name: string, size: number) => buffers.push(planned(name, "weights", 4 * size));
+  const norm = (name: string) => {
+    vector(`${name}.weight`, width);
+    vector(`${name}.bias`, width);
+  };
+  const linear = (name: string, rows: number, columns: number) => {
+    buffers.push(planned(`${name}.weight`, "weights", rows * columns * sizeOf(elem)));
+    vector(`${name}.bias`, columns);
+  };
+  table("wte.weight", config.vocabSize);
+  table("wpe.weight", config.nPositions);
+  for (let i = 0; i < config.nLayer; i++) {
+    norm(`h.${i}.ln_1`);
+    linear(`h.${i}.attn.c_attn`, width, 3 * headsWidth);
+    linear(`h.${i}.attn.c_proj`, headsWidth, width);
+    norm(`h.${i}.ln_2`);
+    linear(`h.${i}.mlp.c_fc`, width, inner);
+    linear(`h.${i}.mlp.c_proj`, inner, width);
+  }
+  norm("ln_f");
+  if (untiedHead) table("lm_head.weight", config.vocabSize);
+  return buffers;
+}
+
+/** Whole rows of a table in as few pieces as `most` bytes a buffer allow. */
+export function rowPieces(rows: number, rowBytes: number, most: number): { first: number; rows: number }[] {
+  const pieceRows = Math.max(1, Math.floor(most / rowBytes));
+  return Array.from({ length: Math.ceil(rows / pieceRows) }, (_, i) => ({
+    first: i * pieceRows,
+    rows: Math.min(pieceRows, rows - i * pieceRows),
+  }));
+}
+
+export function pieceLabel(name: string, rows: number, piece: { first: number; rows: number }): string {
+  return piece.rows === rows ? name : `${name} rows ${piece.first} to ${piece.first + piece.rows - 1}`;
+}
+
+function planned(label: string, purpose: Purpose, bytes: number): PlannedBuffer {
+  return { label, purpose, bytes: bufferBytes(bytes) };
+}
+
+/** Why a plan does not fit, in a sentence's end; undefined when it does. */
+function misfit({ buffers, totalBytes, context }: MemoryPlan, limits: MemoryLimits): string | undefined {
+  const most = Math.min(limits.maxBufferBytes, limits.maxBindingBytes);
+  const tooLarge = buffers.find(({ bytes }) => bytes > most);
+  if (tooLarge) {
+    return `"${tooLarge.label}" takes ${
+      formatBytes(tooLarge.bytes)
+    } for ${context} tokens, this device binds at most ${formatBytes(most)}`;
+  }
+  if (limits.memoryBytes === undefined || totalBytes <= limits.memoryBytes) return undefined;
+  return `it takes ${formatBytes(totalBytes)}, this device has ${formatBytes(limits.memoryBytes)}`;
+}
+
+/** Contexts beyond this are of no interest: `largestContext` searches up to here. */
+const MOST_CONTEXT = 2 ** 30;
+
+/**
+ * The longest context that fits, in whole blocks of the cache.
+ * @returns tokens, 0 when not even one block fits; may exceed the model's positions
+ */
+export function largestContext(
+  config: GPT2Config,
+  options: Omit<PlanOptions, "context">,
+  limits: MemoryLimits,
+): number {
+  const fits = (blocks: number) => {
+    const context = blocks * KV_BLOCK;
+    return misfit(planMemory(config, { ...options, context }, limits), limits) === undefined;
+  };
+  let fitting = 0;
+  let failing = MOST_CONTEXT / KV_BLOCK;
+  while (failing - fitting > 1) {
+    const middle = Math.floor((fitting + failing) / 2);
+    if (fits(middle)) fitting = middle;
+    else failing = middle;
+  }
+  return fitting * KV_BLOCK;
+}
+
+/** @throws DoesNotFitError naming the largest context that does fit, in each element type */
+export function checkFits(
+  config: GPT2Config,
+  options: PlanOptions,
+  plan: MemoryPlan,
+  caps: MemoryLimits & Pick<Capabilities, "f16">,
+): void {
+  const why = misfit(plan, caps);
+  if (why === undefined) return;
   throw new DoesNotFitError(
-    `A context of ${context} tokens does not fit: the keys of one layer take ${
-      formatBytes(bytes)
-    } in ${elem}, ` +
-      `this device binds at most ${formatBytes(Math.min(caps.maxBufferBytes, caps.maxBindingBytes))}`,
+    `A context of ${options.context} tokens does not fit in ${options.elem}: ${why}`,
     {
-      hint: `use \`--context ${largest}\`, the largest that fits in ${elem}` +
-        (elem === "f32" && caps.f16 ? `, or \`--dtype f16\` for up to ${inF16}` : ""),
+      hint: contextHint(config, options, caps),
     },
   );
+}
+
+/** What to do when a run does not fit: the largest context by element type. */
+export function contextHint(
+  config: GPT2Config,
+  options: Omit<PlanOptions, "context">,
+  caps: MemoryLimits & Pick<Capabilities, "f16">,
+): string {
+  const { elem } = options;
+  const largest = largestContext(config, options, caps);
+  const inF16 = elem === "f32" && caps.f16 ? largestContext(config, { ...options, elem: "f16" }, caps) : 0;
+  const other = inF16 > largest ? `\`--dtype f16\` for up to ${inF16}` : "";
+  if (largest === 0) {
+    return other
+      ? `use ${other} tokens`
+      : "the model itself is too large for this device: use another `--adapter`";
+  }
+  return `use \`--context ${largest}\`, the largest that fits in ${elem}` + (other ? `, or ${other}` : "");
 }

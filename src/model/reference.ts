@@ -9,6 +9,7 @@ import { geluNewReference, matmulReference } from "../kernels/matmul/reference.t
 import type { ResolvedCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
 import { convertElements } from "./float16.ts";
+import { exactPositions, positionPlace } from "./positions.ts";
 import type { WeightSource } from "./weight_source.ts";
 
 /** Every tensor of a checkpoint by canonical name, widened to f32: for small models. */
@@ -40,6 +41,7 @@ export function referenceForward(
   parameters: Parameters,
   config: GPT2Config,
   ids: ArrayLike<number>,
+  positions = exactPositions(config.nPositions),
 ): ReferenceResult {
   const { nEmbd, nHead, headDim, nInner, nLayer, layerNormEpsilon } = config;
   const get = (name: string) => {
@@ -54,7 +56,8 @@ export function referenceForward(
   const add = (x: Float64Array, y: Float64Array) => x.map((value, i) => value + y[i]!);
 
   const hidden = new Map<string, Float64Array>();
-  let x = embeddingReference(ids, get("wte.weight"), get("wpe.weight"), nEmbd, 0);
+  const places = Array.from(ids, (_, position) => positionPlace(positions, position));
+  let x = embeddingReference(ids, places, get("wte.weight"), get("wpe.weight"), nEmbd);
   hidden.set("embedding", x);
   for (let i = 0; i < nLayer; i++) {
     const qkv = linear(norm(x, `h.${i}.ln_1`), `h.${i}.attn.c_attn`, nEmbd);

@@ -15,6 +15,11 @@ export interface GPT2Tokenizer {
   readonly vocabSize: number;
   /** Ids of the text; the text of an added token such as `<|endoftext|>` gives its id, nothing else is added. */
   encode(text: string): number[];
+  /**
+   * Encodes one text that arrives in pieces.
+   * @param batch characters to collect before they are encoded: as many as make the number of calls not matter
+   */
+  encoder(batch?: number): PieceEncoder;
   /** The text of the ids, nothing stripped; bytes that are no UTF-8 become U+FFFD as in every UTF-8 decoder. */
   decode(ids: readonly number[]): string;
   /** The raw bytes of one token, to be read only; empty for an id that has no token (padded vocabularies). */
@@ -26,6 +31,8 @@ export interface GPT2Tokenizer {
 interface AddedTokenEntry {
   id: number;
   content: string;
+  lstrip?: unknown;
+  rstrip?: unknown;
 }
 
 /** Parsed `tokenizer.json` and `tokenizer_config.json`; `source` is the folder to name in errors. */
@@ -41,6 +48,8 @@ export interface TokenizerFiles {
  */
 const GPT2_PATTERN =
   /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+
+const WHITE_SPACE = /\p{White_Space}/u;
 
 /** GPT-2 spells byte b of a token as one character: itself where it prints in Latin-1, else U+0100, U+0101, … in order. */
 const BYTE_OF_CHAR = byteAlphabet();
@@ -98,20 +107,23 @@ export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
   };
   const decode = (ids: readonly number[]): string =>
     new TextDecoder("utf-8", { ignoreBOM: true }).decode(joinBytes(ids, bytesOf));
+  const encode = (text: string): number[] => {
+    const { ids } = library.encode(text, { add_special_tokens: false });
+    // A small vocabulary trained without the 256 single bytes cannot spell every text, and the library drops the rest.
+    if (missesBytes && !decode(ids).endsWith(text.toWellFormed())) {
+      throw new InputError(`The tokenizer in ${source} has no tokens for some characters of the text`, {
+        hint:
+          "its vocabulary lacks some of the 256 single-byte tokens; use a model whose tokenizer has them all",
+      });
+    }
+    return ids;
+  };
+  const rules = pieceRules(library, json as JsonObject, addedTokens);
 
   return {
     vocabSize: bytes.offsets.length - 1,
-    encode(text) {
-      const { ids } = library.encode(text, { add_special_tokens: false });
-      // A small vocabulary trained without the 256 single bytes cannot spell every text, and the library drops the rest.
-      if (missesBytes && !decode(ids).endsWith(text.toWellFormed())) {
-        throw new InputError(`The tokenizer in ${source} has no tokens for some characters of the text`, {
-          hint:
-            "its vocabulary lacks some of the 256 single-byte tokens; use a model whose tokenizer has them all",
-        });
-      }
-      return ids;
-    },
+    encode,
+    encoder: (batch = 1 << 16) => new PieceEncoder(encode, rules, batch),
     decode,
     bytesOf,
     tokenToId: (token) => library.token_to_id(token),
@@ -192,6 +204,35 @@ function fixPreTokenizer(library: Tokenizer, config: JsonObject): void {
   }
 }
 
+/** How a text may be encoded before all of it is there. */
+interface PieceRules {
+  /** What a cut may lie before, if no white space is in front of it; undefined where no cut is safe. */
+  readonly cutBefore: RegExp | undefined;
+  /** No text has more tokens than UTF-8 bytes. */
+  readonly isByteBounded: boolean;
+}
+
+/**
+ * No match of GPT2_PATTERN goes on from a character that is no white space to one that is, and none looks behind itself:
+ * a text may be cut between the two, unless something else in the tokenizer looks further than the pattern does.
+ */
+function pieceRules(library: Tokenizer, json: JsonObject, added: readonly AddedTokenEntry[]): PieceRules {
+  const top = library.pre_tokenizer;
+  const parts: readonly unknown[] = top instanceof SequencePreTokenizer ? top.tokenizers : [top];
+  const byteLevel = parts[0];
+  if (library.normalizer !== null || parts.length !== 1 || !(byteLevel instanceof ByteLevelPreTokenizer)) {
+    return { cutBefore: undefined, isByteBounded: false };
+  }
+  const canSpanCut = added.some(({ content, lstrip, rstrip }) =>
+    /\P{White_Space}\p{White_Space}/u.test(content) || lstrip === true || rstrip === true
+  );
+  const isFused = isJsonObject(json.model) && json.model.fuse_unk === true;
+  const isCuttable = !canSpanCut && !isFused && byteLevel.use_regex;
+  // `add_prefix_space` puts a space before every text that does not begin with one.
+  const cutBefore = byteLevel.add_prefix_space ? / / : WHITE_SPACE;
+  return { cutBefore: isCuttable ? cutBefore : undefined, isByteBounded: !byteLevel.add_prefix_space };
+}
+
 /** All tokens' bytes end to end: token i is `data[offsets[i] .. offsets[i + 1])`. */
 function packBytes(
   vocab: Readonly<Record<string, number>>,
@@ -262,6 +303,91 @@ export class StreamDecoder {
   flush(): string {
     return this.#decoder.decode();
   }
+}
+
+/**
+ * Ids of a text that arrives in pieces, cut anywhere: all results in order are the ids that `encode` gives for the whole
+ * text. Encodes up to a place where a cut changes nothing, and holds back the rest.
+ */
+export class PieceEncoder {
+  /** No text has more tokens than UTF-8 bytes. */
+  readonly isByteBounded: boolean;
+  readonly #encode: (text: string) => number[];
+  readonly #cutBefore: RegExp | undefined;
+  readonly #batch: number;
+  #held: string[] = [];
+  #heldLength = 0;
+  #heldBytes = 0;
+  #pushedBytes = 0;
+  #lastUnit = "";
+
+  constructor(encode: (text: string) => number[], rules: PieceRules, batch: number) {
+    this.#encode = encode;
+    this.#cutBefore = rules.cutBefore;
+    this.#batch = batch;
+    this.isByteBounded = rules.isByteBounded;
+  }
+
+  /** UTF-8 bytes of the text so far. */
+  get pushedBytes(): number {
+    return this.#pushedBytes;
+  }
+
+  /** UTF-8 bytes of its end that has given no ids yet. */
+  get heldBytes(): number {
+    return this.#heldBytes;
+  }
+
+  /** The next ids, often none; InputError as for `encode`. */
+  push(text: string): number[] {
+    const cut = this.#heldLength + text.length < this.#batch ? undefined : this.#lastCut(text);
+    this.#pushedBytes += utf8Length(text);
+    this.#lastUnit = text.at(-1) ?? this.#lastUnit;
+    if (cut === undefined) {
+      this.#hold(text);
+      return [];
+    }
+    this.#hold(text.slice(0, cut));
+    const ids = this.end();
+    this.#hold(text.slice(cut));
+    return ids;
+  }
+
+  /** The last ids. */
+  end(): number[] {
+    const text = this.#held.join("");
+    this.#held = [];
+    this.#heldLength = 0;
+    this.#heldBytes = 0;
+    return this.#encode(text);
+  }
+
+  #hold(text: string): void {
+    this.#held.push(text);
+    this.#heldLength += text.length;
+    this.#heldBytes += utf8Length(text);
+  }
+
+  /** The index in `text`, which comes next, of the last cut; none of white space lies outside the BMP. */
+  #lastCut(text: string): number | undefined {
+    if (this.#cutBefore === undefined) return undefined;
+    for (let at = text.length - 1; at >= 0; at--) {
+      if (!this.#cutBefore.test(text[at]!)) continue;
+      const before = at > 0 ? text[at - 1]! : this.#lastUnit;
+      if (before !== "" && !WHITE_SPACE.test(before)) return at;
+    }
+    return undefined;
+  }
+}
+
+/** UTF-8 bytes of the text. Each half of a pair counts as two of its four, so the sum over pieces is that of the whole. */
+function utf8Length(text: string): number {
+  let bytes = 0;
+  for (let i = 0; i < text.length; i++) {
+    const unit = text.charCodeAt(i);
+    bytes += unit < 0x80 ? 1 : unit < 0x800 || (unit & 0xf800) === 0xd800 ? 2 : 3;
+  }
+  return bytes;
 }
 
 /** Ids index an array here, so a damaged file must not ask for a huge one. */

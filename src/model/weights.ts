@@ -3,14 +3,14 @@
  * is never in memory as a whole; the host holds two slices.
  */
 import type { Linear, Norm, RowPiece } from "../kernels/index.ts";
-import { createBuffer, type GpuBuffer, upload } from "../runtime/buffers.ts";
+import { allocate, type GpuBuffer, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { ModelError } from "../runtime/errors.ts";
 import { type Elem, sizeOf } from "../runtime/kernel.ts";
 import type { LoadableTensor, ResolvedCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
 import { convertElements, STORED_BYTES } from "./float16.ts";
-import { paddedSizes } from "./memory_plan.ts";
+import { paddedSizes, pieceLabel, rowPieces } from "./memory_plan.ts";
 import { elementCount, formatShape, quoteName, type WeightSource } from "./weight_source.ts";
 
 /** Source bytes read at a time. */
@@ -136,7 +136,7 @@ class Loader {
   /** One buffer of `rows × columns`; a vector is a single row. */
   async tensor(name: string, rows: Axis, columns: Axis, elem: Elem): Promise<GpuBuffer> {
     const bytes = rows.groups * rows.padded * columns.groups * columns.padded * sizeOf(elem);
-    const buffer = this.#create(name, bytes);
+    const buffer = await this.#create(name, bytes);
     await this.#fill(
       name,
       rows,
@@ -151,15 +151,13 @@ class Loader {
   async table(name: string, rows: number, columns: Axis, elem: Elem): Promise<RowPiece[]> {
     const rowBytes = columns.groups * columns.padded * sizeOf(elem);
     const { maxBindingBytes, maxBufferBytes } = this.#gpu.caps;
-    const pieceRows = Math.max(1, Math.floor(Math.min(maxBindingBytes, maxBufferBytes) / rowBytes));
     const pieces: RowPiece[] = [];
-    for (let first = 0; first < rows; first += pieceRows) {
-      const count = Math.min(pieceRows, rows - first);
-      const label = count === rows ? name : `${name} rows ${first} to ${first + count - 1}`;
-      pieces.push({ first, rows: count, buffer: this.#create(label, count * rowBytes) });
+    for (const range of rowPieces(rows, rowBytes, Math.min(maxBindingBytes, maxBufferBytes))) {
+      const buffer = await this.#create(pieceLabel(name, rows, range), range.rows * rowBytes);
+      pieces.push({ ...range, buffer });
     }
     await this.#fill(name, axis(rows, rows), columns, elem, (row) => {
-      const piece = pieces[Math.floor(row / pieceRows)]!;
+      const piece = pieces[Math.floor(row / pieces[0]!.rows)]!;
       return { buffer: piece.buffer, row: row - piece.first, end: piece.first + piece.rows };
     });
     return pieces;
@@ -170,8 +168,8 @@ class Loader {
     this.#buffers.length = 0;
   }
 
-  #create(label: string, bytes: number): GpuBuffer {
-    const buffer = createBuffer(this.#gpu, label, "weights", bytes);
+  async #create(label: string, bytes: number): Promise<GpuBuffer> {
+    const buffer = await allocate(this.#gpu, label, "weights", bytes);
     this.#buffers.push(buffer);
     return buffer;
   }

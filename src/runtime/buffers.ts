@@ -22,15 +22,41 @@ export class MemoryLedger {
     return this.#current[purpose];
   }
 
+  /** Bytes allocated now. */
+  get totalBytes(): number {
+    return this.#total;
+  }
+
   /** Most bytes that were ever allocated at once. */
   get peakBytes(): number {
     return this.#peak;
   }
 }
 
+/** The device refused an allocation that is within its limits: the memory is used up. */
+export class OutOfMemoryError extends DoesNotFitError {
+  /** Bytes that this process had allocated when it was refused. */
+  readonly allocatedBytes: number;
+
+  constructor(label: string, byteLength: number, allocatedBytes: number) {
+    super(
+      `The GPU is out of memory: "${label}" needs ${formatBytes(byteLength)} besides the ${
+        formatBytes(allocatedBytes)
+      } allocated so far`,
+      { hint: "use a smaller `--context` or `--dtype f16`, or end other programs that use the GPU" },
+    );
+    this.allocatedBytes = allocatedBytes;
+  }
+}
+
 let nextId = 0;
 
-/** A storage buffer. Kernels index it in vec4, so its size is rounded up to 16 bytes; new buffers read as zeros. */
+/** Bytes that a buffer for `byteLength` bytes takes: kernels index in vec4, so its size is a multiple of 16. */
+export function bufferBytes(byteLength: number): number {
+  return Math.max(16, Math.ceil(byteLength / 16) * 16);
+}
+
+/** A storage buffer; new ones read as zeros. */
 export class GpuBuffer {
   readonly id = nextId++;
   readonly gpu: Gpu;
@@ -43,7 +69,7 @@ export class GpuBuffer {
     this.gpu = gpu;
     this.label = label;
     this.purpose = purpose;
-    this.byteLength = Math.max(16, Math.ceil(byteLength / 16) * 16);
+    this.byteLength = bufferBytes(byteLength);
     this.handle = gpu.device.createBuffer({ label, size: this.byteLength, usage });
     gpu.memory.add(purpose, this.byteLength);
   }
@@ -68,17 +94,42 @@ const TOO_LARGE_HINTS: Readonly<Record<Purpose, string>> = {
  * @throws DoesNotFitError when it is larger than the device can allocate or bind
  */
 export function createBuffer(gpu: Gpu, label: string, purpose: Purpose, byteLength: number): GpuBuffer {
+  requireBindable(gpu, label, purpose, byteLength);
+  return new GpuBuffer(gpu, label, purpose, byteLength, storageUsage());
+}
+
+/**
+ * Creates a storage buffer and waits until the device has the memory for it.
+ * @throws DoesNotFitError as `createBuffer`, and OutOfMemoryError when the memory is used up
+ */
+export async function allocate(
+  gpu: Gpu,
+  label: string,
+  purpose: Purpose,
+  byteLength: number,
+): Promise<GpuBuffer> {
+  requireBindable(gpu, label, purpose, byteLength);
+  gpu.device.pushErrorScope("out-of-memory");
+  const buffer = new GpuBuffer(gpu, label, purpose, byteLength, storageUsage());
+  const error = await gpu.wait(gpu.device.popErrorScope());
+  if (!error) return buffer;
+  buffer.destroy();
+  throw new OutOfMemoryError(label, byteLength, gpu.memory.totalBytes);
+}
+
+function storageUsage(): GPUBufferUsageFlags {
+  return GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
+}
+
+function requireBindable(gpu: Gpu, label: string, purpose: Purpose, byteLength: number): void {
   const most = Math.min(gpu.caps.maxBufferBytes, gpu.caps.maxBindingBytes);
-  if (byteLength > most) {
-    throw new DoesNotFitError(
-      `Cannot bind "${label}": it needs ${formatBytes(byteLength)}, this device binds at most ${
-        formatBytes(most)
-      }`,
-      { hint: TOO_LARGE_HINTS[purpose] },
-    );
-  }
-  const usage = GPUBufferUsage.STORAGE | GPUBufferUsage.COPY_SRC | GPUBufferUsage.COPY_DST;
-  return new GpuBuffer(gpu, label, purpose, byteLength, usage);
+  if (byteLength <= most) return;
+  throw new DoesNotFitError(
+    `Cannot bind "${label}": it needs ${formatBytes(byteLength)}, this device binds at most ${
+      formatBytes(most)
+    }`,
+    { hint: TOO_LARGE_HINTS[purpose] },
+  );
 }
 
 /** Copies host bytes into a buffer; offset and length are multiples of 4. The bytes may be reused at once. */
@@ -110,6 +161,18 @@ export class Readback {
     const bytes = handle.getMappedRange(0, Math.ceil(this.#byteLength / 4) * 4).slice(0, this.#byteLength);
     handle.unmap();
     return bytes;
+  }
+
+  /** The same into memory of the caller's, the first `byteLength` bytes; returns that part of it. */
+  async readInto(
+    into: Uint8Array<ArrayBuffer>,
+    byteLength = this.#byteLength,
+  ): Promise<Uint8Array<ArrayBuffer>> {
+    const { handle, gpu } = this.#buffer;
+    await gpu.wait(handle.mapAsync(GPUMapMode.READ));
+    into.set(new Uint8Array(handle.getMappedRange(0, Math.ceil(byteLength / 4) * 4), 0, byteLength));
+    handle.unmap();
+    return into.subarray(0, byteLength);
   }
 
   destroy(): void {

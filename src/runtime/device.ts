@@ -7,6 +7,7 @@ import { MemoryLedger } from "./buffers.ts";
 import { PipelineCache } from "./kernel.ts";
 import { DeviceError, DoesNotFitError, LongformError, NoAdapterError } from "./errors.ts";
 import { invisibleGpuNote } from "./host_gpu.ts";
+import { hostMemoryBytes } from "./host_memory.ts";
 
 /** Immediates (push constants) a kernel may have: sixteen u32 or f32 parameters, what every backend of Dawn offers. */
 export const IMMEDIATE_BYTES = 64;
@@ -25,6 +26,8 @@ export interface Capabilities {
   readonly subgroupMinSize: number;
   readonly subgroupMaxSize: number;
   readonly subgroupMatrix: boolean;
+  /** Memory for all buffers together; undefined where WebGPU does not tell, which is on every GPU. */
+  readonly memoryBytes: number | undefined;
   readonly maxBufferBytes: number;
   readonly maxBindingBytes: number;
   /** Bytes of immediates; 0 where the adapter has none. */
@@ -302,6 +305,7 @@ function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {
     subgroupMinSize: features.has("subgroups") ? info.subgroupMinSize ?? 0 : 0,
     subgroupMaxSize: features.has("subgroups") ? info.subgroupMaxSize ?? 0 : 0,
     subgroupMatrix: features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName),
+    memoryBytes: info.isFallbackAdapter ? hostMemoryBytes() : undefined,
     maxBufferBytes: limits.maxBufferSize,
     maxBindingBytes: limits.maxStorageBufferBindingSize,
     // Not yet in the published types.

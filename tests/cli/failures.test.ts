@@ -97,7 +97,7 @@ describe("the prompt", () => {
       }],
       ["characters without tokens", ["naïve"], /has no tokens for some characters/],
       ["more tokens than -c", ["-c", "4", "hello"], /longer than the context: 5 tokens, room for 4/],
-      ["more tokens than positions", ["x".repeat(65)], /longer than the context: 65 tokens, room for 64/],
+      ["more tokens than positions", ["x".repeat(65)], /65 tokens do not fit: the model has 64 positions[^]*--positions interpolate/],
     ];
   for (const [name, extra, message, options] of cases) {
     test(`${name}: exit code 1`, async () => {
@@ -244,7 +244,7 @@ describe("the GPU", () => {
     expectFailure(await runCli(args, breaking), 1, /error: \w+\/\w+\.wgsl:\d+:\d+ /);
     const verbose = await runCli([...args, "-qv"], breaking);
     expect(verbose.notes).toMatch(
-      /\n\nheader of \w+:\n[^]*\nstruct Params .*\n.*\n\nShaderError: /,
+      /\n\nheader of embedding\/token_rows:\n[^]*\nstruct Params .*\n.*\n\nShaderError: /,
     );
   });
 

@@ -81,12 +81,18 @@ describe("generate", () => {
     const { load_ms, first_token_ms, prefill_ms, prefill_tokens_per_s } = report.timings;
     expect(first_token_ms!).toBeGreaterThan(load_ms! + prefill_ms!);
     expect(prefill_tokens_per_s!).toBeCloseTo(5000 / prefill_ms!, 6);
-    const { peak_bytes, weights_bytes, kv_bytes, activations_bytes, bytes_per_token } = report
+    const { peak_bytes, weights_bytes, kv_bytes, activations_bytes, bytes_per_token, planned_bytes } = report
       .memory as Record<
-        "peak_bytes" | "weights_bytes" | "kv_bytes" | "activations_bytes" | "bytes_per_token",
+        | "peak_bytes"
+        | "weights_bytes"
+        | "kv_bytes"
+        | "activations_bytes"
+        | "bytes_per_token"
+        | "planned_bytes",
         number
       >;
-    expect(Object.keys(report.memory)).toHaveLength(5);
+    expect(Object.keys(report.memory)).toHaveLength(6);
+    expect(peak_bytes).toBe(planned_bytes);
     expect(bytes_per_token).toBe(2 * 2 * 8 * 4); // K and V, layers, width, f32
     expect(kv_bytes).toBeGreaterThanOrEqual((5 + 12) * bytes_per_token);
     expect(weights_bytes).toBeGreaterThanOrEqual(4 * 97 * 8);

@@ -1,9 +1,13 @@
 import { describe, expect, test } from "bun:test";
-import { type GenerateOptions, parseOptions } from "../../src/cli/options.ts";
+import { type GenerateOptions, parseOptions, type ScoreOptions } from "../../src/cli/options.ts";
 import { UsageError } from "../../src/runtime/errors.ts";
 
 function parsed(...args: string[]): GenerateOptions {
   return parseOptions(["generate", ...args]) as GenerateOptions;
+}
+
+function parsedScore(...args: string[]): ScoreOptions {
+  return parseOptions(["score", ...args]) as ScoreOptions;
 }
 
 function refusal(args: readonly string[]): UsageError {
@@ -25,6 +29,8 @@ describe("parseOptions accepts", () => {
       ids: undefined,
       model: undefined,
       context: undefined,
+      positions: "exact",
+      session: undefined,
       dtype: "auto",
       adapter: undefined,
       fallbackAdapter: false,
@@ -63,6 +69,7 @@ describe("parseOptions accepts", () => {
         ".05",
       ],
       ...["--repeat-penalty", "1.1", "--seed", "-7", "--ignore-eos", "--logprobs", "5", "--profile"],
+      ...["--positions", "interpolate", "--session=a/file.session"],
     );
     expect(options).toMatchObject({
       model: "dir",
@@ -83,6 +90,8 @@ describe("parseOptions accepts", () => {
       ignoreEos: true,
       logprobs: 5,
       profile: true,
+      positions: "interpolate",
+      session: "a/file.session",
     });
     expect(Object.isFrozen(options)).toBe(true);
   });
@@ -153,6 +162,56 @@ describe("parseOptions accepts", () => {
     expect(parsed()).toMatchObject({ prompt: undefined, file: undefined, ids: undefined });
   });
 
+  test("score with its defaults, over any number of files", () => {
+    expect(parsedScore("a.txt")).toEqual({
+      command: "score",
+      files: ["a.txt"],
+      ids: undefined,
+      model: undefined,
+      context: undefined,
+      positions: "exact",
+      window: undefined,
+      maxTokens: undefined,
+      tokenNll: false,
+      logits: [],
+      dtype: "auto",
+      adapter: undefined,
+      fallbackAdapter: false,
+      json: false,
+      quiet: false,
+      verbose: 0,
+      profile: false,
+    });
+    expect(parsedScore().files).toEqual([]);
+    expect(parsedScore("--ids", "ids.json")).toMatchObject({ files: [], ids: "ids.json" });
+    expect(parsedScore("a", "--json", "b", "-q", "c").files).toEqual(["a", "b", "c"]);
+    expect(parsedScore("1", "-", "-n", "5", "--", "-x", "--json")).toMatchObject({
+      files: ["1", "-", "-x", "--json"],
+      json: false,
+      maxTokens: 5,
+    });
+    expect(Object.isFrozen(parsedScore("a"))).toBe(true);
+  });
+
+  test("score with every option of its own", () => {
+    expect(
+      parsedScore(
+        ...["a", "--window", "1k", "-c", "16k", "--max-tokens=4K", "--positions", "repeat", "--json"],
+        ...["--token-nll", "--logits", "5,0,1023, 5", "--profile"],
+      ),
+    ).toMatchObject({
+      window: 1024,
+      context: 16384,
+      maxTokens: 4096,
+      positions: "repeat",
+      tokenNll: true,
+      // In order, each once.
+      logits: [0, 5, 1023],
+      profile: true,
+    });
+    expect(parsedScore("a", "--window", "64", "-c", "64").window).toBe(64);
+  });
+
   test("the other commands", () => {
     expect(parseOptions(["info", "--json"])).toMatchObject({ command: "info", json: true });
     expect(parseOptions(["inspect", "a/folder"])).toMatchObject({ command: "inspect", path: "a/folder" });
@@ -205,6 +264,21 @@ describe("parseOptions refuses", () => {
     ["a file and ids", ["generate", "-f", "x", "--ids", "y"], /several prompts/],
     ["an argument to info", ["info", "x"], /does not take "x"/],
     ["inspect without a model", ["inspect"], /needs a model/],
+    ["--positions none", ["generate", "x", "--positions", "none"], /not one of exact, interpolate, repeat/],
+    ["--session without a file", ["generate", "x", "--session"], /`--session` needs a value/],
+    ["a session to score", ["score", "a", "--session", "x"], /no option `--session`/],
+    ["files and ids", ["score", "a", "--ids", "b"], /files and `--ids`/],
+    ["standard input twice", ["score", "-", "a", "-"], /named twice/],
+    ["--window 0", ["score", "a", "--window", "0"], /`--window 0`/],
+    ["--window beyond --context", ["score", "a", "--window", "2k", "-c", "1k"], /`--window 2048`.*1024/],
+    ["-n 0 to score", ["score", "a", "-n", "0"], /`--max-tokens 0`/],
+    ["--token-nll without --json", ["score", "a", "--token-nll"], /`--token-nll`.*add `--json`/],
+    ["--logits without --json", ["score", "a", "--logits", "0"], /`--logits`.*add `--json`/],
+    ["no place for logits", ["score", "a", "--json", "--logits", ""], /not a list of token numbers/],
+    ["a place that is no number", ["score", "a", "--json", "--logits", "1,x"], /not a list of token numbers/],
+    ["a negative place", ["score", "a", "--json", "--logits", "-1"], /not a list of token numbers/],
+    ["a place left out", ["score", "a", "--json", "--logits", "1,,2"], /not a list of token numbers/],
+    ["a place in scientific notation", ["score", "a", "--json", "--logits", "1e3"], /not a list of token numbers/],
   ];
   for (const [name, args, message] of cases) {
     test(name, () => {

@@ -1,19 +1,23 @@
 /**
- * Takes from a folder of full reference outputs the small parts that the tests need.
+ * Takes from a folder of full reference outputs the small parts that the tests need. The books are in `texts` beside it;
+ * their tokens must be those of the recorded prompts.
  *
  *   bun tests/golden/extract.ts REFERENCE_DIR
  */
 import { readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { loadTokenizer } from "../../src/model/tokenizer.ts";
 import { type NamedTensor, parseSafetensors, writeSafetensors } from "../support/safetensors.ts";
 
 const SHORT_LOGIT_POSITIONS = [0, 15, 31, 47];
 const PROMPT_LOGIT_POSITIONS: Readonly<Record<number, readonly number[]>> = {
   1024: [0, 127, 512, 1023],
   4096: [0, 1023, 2048, 4095],
+  16384: [0, 4095, 8192, 16383],
 };
-const SYNTHETIC_CASES = ["gpt2", "gpt2-medium"];
+const SYNTHETIC_CASES = ["gpt2", "gpt2-medium", "gpt2-16k", "gpt2-64k"];
+const PERPLEXITY_TOKENS = 16384;
 
 const referenceDir = process.argv[2];
 if (referenceDir === undefined) {
@@ -21,11 +25,15 @@ if (referenceDir === undefined) {
   process.exit(2);
 }
 const goldenDir = dirname(fileURLToPath(import.meta.url));
+const tokenizer = await loadTokenizer(join(goldenDir, "../../weights/classics-16k"));
+const tokensOfBook = new Map<string, Int32Array>();
 
 copyJson("tokenizer.json", (all) => all);
 extractShort();
 extractPrompt(1024);
 extractPrompt(4096);
+extractPrompt(16384);
+extractPerplexity();
 copyJson("greedy.json", (all) => ({ note: all.note, cases: all.cases.map(greedyFields) }));
 copyJson("synthetic.json", (all) => ({
   ...all,
@@ -42,6 +50,11 @@ function extractShort(): void {
 function extractPrompt(tokens: number): void {
   const name = `prompt_${tokens}.safetensors`;
   const { metadata, tensors } = parseSafetensors(readFileSync(join(referenceDir!, name)));
+  const start = Number(metadata.start_token);
+  const ids = tokensOf(metadata.text!).subarray(start, start + tokens);
+  if (!ids.every((id, i) => id === tensors.input_ids!.data[i])) {
+    throw new Error(`${metadata.text} has other tokens than ${name}`);
+  }
   const positions = PROMPT_LOGIT_POSITIONS[tokens]!;
   const recorded = [...tensors.positions!.data];
   const reduced = {
@@ -50,6 +63,32 @@ function extractPrompt(tokens: number): void {
     positions: int32Tensor(positions),
   };
   writeFileSync(join(goldenDir, name), writeSafetensors(metadata, reduced));
+}
+
+/** The sums as they are, and the tokens that they are of, one tensor a window. */
+function extractPerplexity(): void {
+  copyJson("perplexity.json", (all) => all);
+  const { sum_nll } = JSON.parse(readFileSync(join(referenceDir!, "perplexity.json"), "utf8"));
+  const windows = (sum_nll as Loose[]).map(({ text, window }) => {
+    const first = window * PERPLEXITY_TOKENS;
+    const data = tokensOf(text).slice(first, first + PERPLEXITY_TOKENS);
+    if (data.length !== PERPLEXITY_TOKENS) throw new Error(`${text} has no whole window ${window}`);
+    return [`${text}.${window}`, { shape: [data.length], data }] as const;
+  });
+  writeFileSync(
+    join(goldenDir, "perplexity.safetensors"),
+    writeSafetensors({}, Object.fromEntries(windows)),
+  );
+}
+
+/** The tokens of a whole book, without anything added. */
+function tokensOf(text: string): Int32Array {
+  let ids = tokensOfBook.get(text);
+  if (!ids) {
+    ids = Int32Array.from(tokenizer.encode(readFileSync(join(referenceDir!, "../texts", text), "utf8")));
+    tokensOfBook.set(text, ids);
+  }
+  return ids;
 }
 
 function int32Tensor(values: readonly number[]): NamedTensor {

@@ -2,20 +2,24 @@ import { afterAll, describe, test } from "bun:test";
 import {
   attentionCandidates,
   type FlashAttentionProblem,
+  registerTiledAttention,
+  registerTiledVariants,
 } from "../../src/kernels/flash_attention/flash_attention.ts";
 import { attentionReference } from "../../src/kernels/flash_attention/reference.ts";
-import type { Elem, Op } from "../../src/runtime/kernel.ts";
+import { type Elem, type Op, op } from "../../src/runtime/kernel.ts";
 import {
   type AttentionInputs,
   attentionMagnitude,
   type AttentionShape,
+  headRanges,
   packCache,
   packQueries,
   plainAttention,
   randomInputs,
+  scrambledTable,
   shapeOf,
 } from "../support/attention.ts";
-import { expectClose, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
+import { expectClose, expectSame, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
 import {
   attentionOps,
   eachElem,
@@ -23,7 +27,9 @@ import {
   poison,
   rounded,
   runnable,
-  runOp,
+  runSteps,
+  step,
+  type Tensor,
   tensor,
   testDevice,
   thenNan,
@@ -43,17 +49,24 @@ async function runAttention(
   { attention, elem }: Case,
   { q, k, v }: AttentionInputs,
   shape: AttentionShape,
+  splitHeads = false,
 ): Promise<Float32Array> {
   const { heads, headDim, qLen, firstPosition, scale } = shape;
   const stride = 4 * Math.ceil(headDim / 4);
-  const capacity = firstPosition + qLen + 37;
-  const { out } = await runOp(gpu, attention, { qLen, firstPosition, capacity, scale }, {
+  const table = scrambledTable(firstPosition + qLen);
+  const tensors: Record<string, Tensor> = {
     qkv: tensor(elem, thenNan(packQueries(q, shape), 64 * 3 * heads * stride)),
-    k: tensor(elem, packCache(k, shape, capacity)),
-    v: tensor(elem, packCache(v, shape, capacity)),
+    block_table: tensor("u32", table),
     out: poison(elem, qLen * heads * stride),
+  };
+  const steps = headRanges(heads, splitHeads).map((range) => {
+    const names = { k: `k${range.first}`, v: `v${range.first}` };
+    tensors[names.k] = tensor(elem, packCache(k, shape, table, range));
+    tensors[names.v] = tensor(elem, packCache(v, shape, table, range));
+    return step(attention, { qLen, firstPosition, blocks: table.length, range, scale }, names);
   });
-  return out!;
+  const { out } = await runSteps(gpu, steps, tensors, ["out"]);
+  return out;
 }
 
 /** @param hard whether scores are so large that their rounding decides the weights */
@@ -94,20 +107,34 @@ describe("flash_attention", () => {
     /** All kernels for one shape: what is not about the size of heads is tested with these. */
     const small: Case[] = runnable(gpu, attentionCandidates(elem, 3, 2, false))
       .map((attention) => ({ attention, elem }));
-    for (const c of small) {
+    /** Those that need larger heads, too. */
+    const larger = runnable(
+      gpu,
+      registerTiledVariants(elem, 3, 8, false).map((v) => op(registerTiledAttention, v)),
+    );
+    const sized = [
+      ...small.map((c) => ({ c, headDim: 8 })),
+      ...larger.map((attention) => ({ c: { attention, elem }, headDim: 32 })),
+    ];
+    for (const { c, headDim } of sized) {
       const title = titleOf(c.attention);
       test(`${title} matches the f64 reference for awkward numbers of queries`, async () => {
         for (const qLen of [1, 2, 7, 8, 9, 63, 64, 65, 97, 127, 128, 129, 257]) {
-          await checkAttention(c, shapeOf(3, 8, qLen, 0));
+          await checkAttention(c, shapeOf(3, headDim, qLen, 0));
         }
       });
       test(`${title} matches the f64 reference for chunks that continue a cache`, async () => {
         for (const [qLen, first] of [[1, 1], [1, 1024], [63, 64], [64, 63], [65, 1000]] as const) {
-          await checkAttention(c, shapeOf(3, 8, qLen, first));
+          await checkAttention(c, shapeOf(3, headDim, qLen, first));
         }
       });
+      test(`${title}: heads in two buffers give the same bits`, async () => {
+        const shape = shapeOf(3, headDim, 97, 65);
+        const given = randomInputs(shape, elem, 1);
+        expectSame(await runAttention(c, given, shape, true), await runAttention(c, given, shape));
+      });
       test(`${title}: ten runs are bit-identical`, async () => {
-        const shape = shapeOf(3, 8, 257, 65);
+        const shape = shapeOf(3, headDim, 257, 65);
         const given = randomInputs(shape, elem, 1);
         await expectTenIdenticalRuns(() => runAttention(c, given, shape));
       });

@@ -17,13 +17,15 @@ import {
   type AttentionInputs,
   attentionMagnitude,
   type AttentionShape,
+  headRanges,
   packCache,
   packQueries,
   plainAttention,
   randomInputs,
+  scrambledTable,
   shapeOf,
 } from "../support/attention.ts";
-import { expectClose, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
+import { expectClose, expectSame, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
 import {
   attentionOps,
   eachElem,
@@ -33,6 +35,7 @@ import {
   runnable,
   runSteps,
   step,
+  type Tensor,
   tensor,
   testDevice,
   titleOf,
@@ -47,26 +50,34 @@ function decodeShape(heads: number, headDim: number, kvLen: number): AttentionSh
 }
 
 /** Runs both kernels with NaN wherever they have no business: keys past the last, the K and V of `qkv`. */
-async function runDecode(variant: FlashDecodeVariant, { q, k, v }: AttentionInputs, shape: AttentionShape) {
+async function runDecode(
+  variant: FlashDecodeVariant,
+  { q, k, v }: AttentionInputs,
+  shape: AttentionShape,
+  splitHeads = false,
+) {
   const { elem } = variant;
   const { heads, headDim, firstPosition, scale } = shape;
   const stride = 4 * Math.ceil(headDim / 4);
   const kvLen = firstPosition + 1;
-  const problem = { kvLen, capacity: kvLen + 300, scale };
+  const table = scrambledTable(kvLen);
+  const problem = { kvLen, blocks: table.length, scale };
   const splits = splitCount(variant, kvLen);
-  return await runSteps(
-    gpu,
-    [step(op(splitKvAttention, variant), problem), step(op(combineSplits, variant), problem)],
-    {
-      qkv: tensor(elem, packQueries(q, shape)),
-      k: tensor(elem, packCache(k, shape, problem.capacity)),
-      v: tensor(elem, packCache(v, shape, problem.capacity)),
-      partial_out: poison("f32", splits * heads * stride),
-      partial_ml: poison("f32", splits * heads * 2),
-      out: poison(elem, heads * stride),
-    },
-    ["out", "partial_out", "partial_ml"],
-  );
+  const tensors: Record<string, Tensor> = {
+    qkv: tensor(elem, packQueries(q, shape)),
+    block_table: tensor("u32", table),
+    partial_out: poison("f32", splits * heads * stride),
+    partial_ml: poison("f32", splits * heads * 2),
+    out: poison(elem, heads * stride),
+  };
+  const steps = headRanges(heads, splitHeads).map((range) => {
+    const names = { k: `k${range.first}`, v: `v${range.first}` };
+    tensors[names.k] = tensor(elem, packCache(k, shape, table, range));
+    tensors[names.v] = tensor(elem, packCache(v, shape, table, range));
+    return step(op(splitKvAttention, variant), { ...problem, range }, names);
+  });
+  const combine = step(op(combineSplits, variant), problem);
+  return await runSteps(gpu, [...steps, combine], tensors, ["out", "partial_out", "partial_ml"]);
 }
 
 function judgedBy(given: AttentionInputs, shape: AttentionShape, elem: Elem, hard = false) {
@@ -215,6 +226,13 @@ describe("flash_decode", () => {
       const shape = decodeShape(3, 8, 1025);
       const given = randomInputs(shape, elem, 11);
       for (const split of [64, 97, 1025]) await checkDecode({ ...small, split }, shape, given);
+    });
+
+    test(`${elem} heads in two buffers give the same bits`, async () => {
+      const shape = decodeShape(3, 8, 600);
+      const given = randomInputs(shape, elem, 13);
+      const { out } = await runDecode(small, given, shape);
+      expectSame((await runDecode(small, given, shape, true)).out, out);
     });
 
     test(`${elem} ten runs are bit-identical`, async () => {

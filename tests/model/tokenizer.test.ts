@@ -3,13 +3,27 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { createTokenizer, loadTokenizer, StreamDecoder } from "../../src/model/tokenizer.ts";
+import {
+  createTokenizer,
+  type GPT2Tokenizer,
+  loadTokenizer,
+  StreamDecoder,
+} from "../../src/model/tokenizer.ts";
 import { LongformError, ModelError } from "../../src/runtime/errors.ts";
 import { loadTokenizerCases } from "../support/golden.ts";
 
 const modelDir = join(dirname(fileURLToPath(import.meta.url)), "../../weights/classics-16k");
 const tokenizer = await loadTokenizer(modelDir);
 const endOfText = tokenizer.tokenToId("<|endoftext|>")!;
+const original = JSON.parse(readFileSync(join(modelDir, "tokenizer.json"), "utf8")) as Record<
+  string,
+  unknown
+>;
+
+/** The tokenizer with parts of its tokenizer.json replaced. */
+function build(changes: object, config?: object): GPT2Tokenizer {
+  return createTokenizer({ tokenizer: { ...original, ...changes }, config, source: "test" });
+}
 
 /** A seeded generator of integers below n, good enough for choosing test inputs. */
 function picker(seed: number): (n: number) => number {
@@ -56,6 +70,196 @@ describe("encode", () => {
   test("survives one word of 30,000 letters", () => {
     const text = "abcdefghij".repeat(3000);
     expect(tokenizer.decode(tokenizer.encode(text))).toBe(text);
+  });
+});
+
+/** What the pre-tokenizer, added tokens and the cuts could take offence at. */
+const FRAGMENTS = [
+  ..."aZé漢ſ7٣½'-.!😀👍🏽\u0301\u200d\ufeff\0",
+  ...["\ud83d", "\ude00"],
+  ..."    \n\t\v\u0085\u00a0\u2003\u2028\u3000",
+  ...["  ", "   ", "\n\n", "\r\n"],
+  ...["don't", "'s", "we'll", "'re", "naïve", " the", "The ", "3.14", "1859", "...", "東京", "👨‍👩‍👧"],
+  ...["<|endoftext|>", "<|endoftext|>", "<|endof", "text|>", "<a b>", "<a ", "b>", "<mask>", "é\u0301", "ﬁ"],
+];
+
+function randomText(pick: (n: number) => number, fragments: number): string {
+  return Array.from({ length: fragments }, () => FRAGMENTS[pick(FRAGMENTS.length)]!).join("");
+}
+
+/** Cut anywhere, inside of surrogate pairs too; some pieces are empty. */
+function randomPieces(pick: (n: number) => number, text: string): string[] {
+  const longest = 1 + pick(12);
+  const pieces: string[] = [];
+  for (let at = 0; at < text.length;) {
+    const length = pick(longest + 1);
+    pieces.push(text.slice(at, at + length));
+    at += length;
+  }
+  return pieces;
+}
+
+describe("encoder", () => {
+  const byteLevel = original.pre_tokenizer as object;
+  const added = (...tokens: object[]) => ({
+    added_tokens: [
+      ...original.added_tokens as object[],
+      ...tokens.map((token, i) => ({ id: 8192 + i, normalized: false, special: true, ...token })),
+    ],
+  });
+  const model = original.model as { vocab: Record<string, number> };
+  const withoutWords = Object.fromEntries(
+    Object.entries(model.vocab).filter(([token]) => token.length === 1 || !/[aeh]/.test(token)),
+  );
+
+  const encodable: readonly (readonly [name: string, tokenizer: GPT2Tokenizer])[] = [
+    ["GPT-2's", tokenizer],
+    [
+      "a pre-tokenizer in a sequence",
+      build({ pre_tokenizer: { type: "Sequence", pretokenizers: [byteLevel] } }),
+    ],
+    ["added tokens of white space", build(added({ content: "  " }, { content: "\n" }, { content: " b" }))],
+    ["an added token that normalizing would change", build(added({ content: "<mask>", normalized: true }))],
+    ["a space in front", build({}, { add_prefix_space: true })],
+  ];
+  const notInPieces: readonly (readonly [name: string, tokenizer: GPT2Tokenizer])[] = [
+    ["an added token with a space inside", build(added({ content: "<a b>" }))],
+    ["an added token with a line break behind it", build(added({ content: "<mask>\n" }))],
+    ["an added token that eats what is before it", build(added({ content: "<mask>", lstrip: true }))],
+    ["an added token that eats what follows it", build(added({ content: "<mask>", rstrip: true }))],
+    ["a normalizer", build({ normalizer: { type: "NFKC" } })],
+    [
+      "a normalizer that works at the ends",
+      build({ normalizer: { type: "Strip", strip_left: true, strip_right: true } }),
+    ],
+    ["no pattern", build({ pre_tokenizer: { ...byteLevel, use_regex: false } })],
+    [
+      "another pre-tokenizer in front",
+      build({
+        pre_tokenizer: {
+          type: "Sequence",
+          pretokenizers: [
+            { type: "Split", pattern: { Regex: "\\S\\s" }, behavior: "Isolated", invert: false },
+            byteLevel,
+          ],
+        },
+      }),
+    ],
+    [
+      "another pre-tokenizer behind",
+      build({
+        pre_tokenizer: {
+          type: "Sequence",
+          pretokenizers: [byteLevel, { type: "Digits", individual_digits: true }],
+        },
+      }),
+    ],
+    [
+      "unknown tokens that are one",
+      build({
+        model: { ...model, vocab: withoutWords, unk_token: "<|endoftext|>", fuse_unk: true },
+      }),
+    ],
+  ];
+
+  for (const [name, tokenizer] of [...encodable, ...notInPieces]) {
+    test(`gives the ids of the whole text however it is cut: ${name}`, () => {
+      const pick = picker(4);
+      for (let round = 0; round < 300; round++) {
+        const text = randomText(pick, pick(60));
+        const pieces = randomPieces(pick, text);
+        const encoder = tokenizer.encoder(1 + pick(20));
+        const ids = [...pieces.flatMap((piece) => encoder.push(piece)), ...encoder.end()];
+        expect({ pieces, ids }).toEqual({ pieces, ids: tokenizer.encode(text) });
+      }
+    });
+  }
+
+  test("encodes before the end where that is safe, and only there", () => {
+    const pushed = ({ encoder }: GPT2Tokenizer) => encoder(1).push("It was the best of times");
+    for (const [name, tokenizer] of encodable) {
+      expect({ name, ids: pushed(tokenizer) }).toEqual({ name, ids: tokenizer.encode("It was the best of") });
+    }
+    for (const [name, tokenizer] of notInPieces) {
+      expect({ name, ids: pushed(tokenizer) }).toEqual({ name, ids: [] });
+    }
+  });
+
+  test("cuts before the first of several white spaces, and after no white space at the start", () => {
+    const encoder = tokenizer.encoder(1);
+    expect(encoder.push("  ")).toEqual([]);
+    expect(encoder.push("\n")).toEqual([]);
+    expect(encoder.push("a\r")).toEqual(tokenizer.encode("  \na"));
+    expect(encoder.push("\n ")).toEqual([]);
+    expect(encoder.push("b")).toEqual([]);
+    expect(encoder.end()).toEqual(tokenizer.encode("\r\n b"));
+  });
+
+  test("knows how many bytes have come and how many of them wait", () => {
+    const pick = picker(5);
+    for (let round = 0; round < 100; round++) {
+      const text = randomText(pick, 40).toWellFormed();
+      const encoder = tokenizer.encoder(10);
+      let encoded = 0;
+      for (const piece of randomPieces(pick, text)) {
+        for (const id of encoder.push(piece)) encoded += tokenizer.bytesOf(id).length;
+        expect(encoder.pushedBytes - encoder.heldBytes).toBe(encoded);
+      }
+      expect(encoder.pushedBytes).toBe(Buffer.byteLength(text));
+      encoder.end();
+      expect(encoder.heldBytes).toBe(0);
+    }
+  });
+
+  test("says whether a token can be less than a byte of the text", () => {
+    const bounded = [...encodable, ...notInPieces].filter(([, { encoder }]) => encoder().isByteBounded);
+    expect(bounded.map(([name]) => name)).toEqual([
+      "GPT-2's",
+      "a pre-tokenizer in a sequence",
+      "added tokens of white space",
+      "an added token that normalizing would change",
+      "an added token with a space inside",
+      "an added token with a line break behind it",
+      "an added token that eats what is before it",
+      "an added token that eats what follows it",
+      "no pattern",
+      "unknown tokens that are one",
+    ]);
+  });
+
+  test("encodes tiny pieces in large batches", () => {
+    const text = "It was the best of times, it was the worst of times\n".repeat(3000);
+    const encoder = tokenizer.encoder();
+    const batches = [...text].map((char) => encoder.push(char)).filter((ids) => ids.length > 0);
+    expect(batches.length).toBe(Math.floor(text.length / 2 ** 16));
+    expect([...batches.flat(), ...encoder.end()]).toEqual(tokenizer.encode(text));
+  });
+
+  test("takes time in proportion to a text without white space", () => {
+    const piece = "東京。".repeat(1000);
+    const millisecondsFor = (pieces: number) => {
+      const encoder = tokenizer.encoder();
+      const start = performance.now();
+      for (let i = 0; i < pieces; i++) encoder.push(piece);
+      const elapsed = performance.now() - start;
+      expect(encoder.heldBytes).toBe(9000 * pieces);
+      return elapsed;
+    };
+    millisecondsFor(100);
+    const small = Math.min(...[1, 2, 3].map(() => millisecondsFor(100)));
+    const large = Math.min(...[1, 2, 3].map(() => millisecondsFor(800)));
+    expect(large / small).toBeLessThan(8 * 4); // quadratic would be 64
+  });
+
+  test("finds characters without tokens in each piece", () => {
+    const small = build({
+      model: { type: "BPE", vocab: { a: 0, b: 1, Ġ: 2 }, merges: [] },
+      added_tokens: [],
+    });
+    const encoder = small.encoder(1);
+    expect([...encoder.push("ab a"), ...encoder.push(" b")]).toEqual([0, 1, 2, 0]);
+    expect(() => encoder.push("c ")).toThrow("has no tokens for some characters");
+    expect(() => encoder.end()).not.toThrow();
   });
 });
 
@@ -167,13 +371,6 @@ describe("StreamDecoder", () => {
 });
 
 describe("the tokenizer files", () => {
-  const original = JSON.parse(readFileSync(join(modelDir, "tokenizer.json"), "utf8")) as Record<
-    string,
-    unknown
-  >;
-  const build = (changes: object, config?: object) =>
-    createTokenizer({ tokenizer: { ...original, ...changes }, config, source: "test" });
-
   test("a post-processor that adds special tokens adds none here", () => {
     const special = { SpecialToken: { id: "<|endoftext|>", type_id: 0 } };
     const sequence = { Sequence: { id: "A", type_id: 0 } };

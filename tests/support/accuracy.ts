@@ -7,17 +7,28 @@ import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { layerNormReference } from "../../src/kernels/layer_norm/reference.ts";
-import { configFromSizes, type GPT2Config, type PublishedShape, readConfig } from "../../src/model/config.ts";
+import { configFromSizes, type GPT2Config, readConfig } from "../../src/model/config.ts";
 import { convertElements } from "../../src/model/float16.ts";
+import { perplexity, scoreDocument, totalScore } from "../../src/model/scoring.ts";
+import { tokensOf } from "../../src/model/token_source.ts";
 import type { WeightSource } from "../../src/model/weight_source.ts";
-import { Gpt2 } from "../../src/model/gpt2.ts";
+import { Gpt2, type Gpt2Options } from "../../src/model/gpt2.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
 import { fmix32, syntheticPrompt, syntheticSource } from "../../src/model/synthetic.ts";
 import type { Gpu } from "../../src/runtime/device.ts";
 import { Readback } from "../../src/runtime/buffers.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import type { Tap } from "../../src/runtime/pass.ts";
-import { loadGreedy, loadPrompt, loadShort, loadSynthetic, type SyntheticGolden } from "./golden.ts";
+import {
+  loadGreedy,
+  loadPerplexity,
+  loadPrompt,
+  loadShort,
+  loadSynthetic,
+  type RecordedLength,
+  type SyntheticCase,
+  type SyntheticGolden,
+} from "./golden.ts";
 
 /** One comparison: passes when `error <= bound`. */
 export interface AccuracyRow {
@@ -36,7 +47,7 @@ interface HalfPrecisionDrift {
     readonly lnF: number;
     readonly logits: number;
   };
-  readonly prompt: Readonly<Record<"1024" | "4096", { readonly logits: number; readonly nll: number }>>;
+  readonly prompt: Readonly<Record<`${RecordedLength}`, { readonly logits: number; readonly nll: number }>>;
 }
 
 function loadHalfPrecisionDrift(): HalfPrecisionDrift {
@@ -83,10 +94,11 @@ export async function withClassics<T>(
   elem: Elem,
   context: number,
   use: (model: Gpt2) => Promise<T>,
+  options: Partial<Gpt2Options> = {},
 ): Promise<T> {
   const source = await openCheckpoint(MODEL);
   try {
-    const model = await Gpt2.load(gpu, source, await readConfig(MODEL), { context, elem });
+    const model = await Gpt2.load(gpu, source, await readConfig(MODEL), { context, elem, ...options });
     try {
       return await use(model);
     } finally {
@@ -136,7 +148,7 @@ export async function shortAccuracy(gpu: Gpu, elem: Elem): Promise<AccuracyRow[]
     const logits = new Map<number, Float32Array>();
     await model.prefill(golden.inputIds, {
       tap: taps.tap,
-      onLogits: (first, rows) => splitRows(first, rows, model.config.vocabSize, logits),
+      onLogits: (token, row) => logits.set(token, row),
     });
     const got = await taps.read();
     const row = (what: string, wanted: Float32Array, f32Drift: number, f16Drift: number): AccuracyRow => ({
@@ -155,29 +167,23 @@ export async function shortAccuracy(gpu: Gpu, elem: Elem): Promise<AccuracyRow[]
         bound: boundOf(elem, f32.logits, drift.logits, largest([...golden.logits.values()].map(magnitude))),
       },
     ];
-  });
+  }, { scoring: true });
 }
 
-/** Logits rows and the NLL of every token of a long prompt. */
-export async function promptAccuracy(gpu: Gpu, elem: Elem, tokens: 1024 | 4096): Promise<AccuracyRow[]> {
+/** Logits rows and the NLL of every token of a long prompt, all computed on the GPU. */
+export async function promptAccuracy(gpu: Gpu, elem: Elem, tokens: RecordedLength): Promise<AccuracyRow[]> {
   const golden = loadPrompt(tokens);
   const drift = loadHalfPrecisionDrift().prompt[`${tokens}`];
   return await withClassics(gpu, elem, tokens, async (model) => {
-    const { vocabSize } = model.config;
     const errors: number[] = [];
-    const nll = new Float64Array(tokens - 1);
+    const nll = new Float32Array(tokens - 1);
     const lastRow = await model.prefill(golden.inputIds, {
-      onLogits: (first, rows) => {
-        for (let r = 0; r * vocabSize < rows.length; r++) {
-          const row = rows.subarray(r * vocabSize, (r + 1) * vocabSize);
-          const wanted = golden.logits.get(first + r);
-          if (wanted) errors.push(maxAbsDifference(row, wanted));
-          if (first + r + 1 < tokens) nll[first + r] = -logProbability(row, golden.inputIds[first + r + 1]!);
-        }
-      },
+      onLogits: (token, row) => errors.push(maxAbsDifference(row, golden.logits.get(token)!)),
+      wantsLogits: (token) => golden.logits.has(token),
+      onNll: (first, values) => nll.set(values, first - 1),
     });
     errors.push(maxAbsDifference(lastRow, golden.logits.get(tokens - 1)!));
-    const mean = nll.reduce((a, b) => a + b, 0) / nll.length;
+    const mean = nll.reduce((sum, value) => sum + value, 0) / nll.length;
     const largestLogit = largest([...golden.logits.values()].map(magnitude));
     const logitBound = boundOf(elem, golden.maxAbsLogitDiffToFloat64, drift.logits, largestLogit);
     return [
@@ -194,7 +200,49 @@ export async function promptAccuracy(gpu: Gpu, elem: Elem, tokens: 1024 | 4096):
         bound: elem === "f32" ? 1e-5 : 1e-3,
       },
     ];
-  });
+  }, { scoring: true });
+}
+
+/** Largest relative difference to a recorded perplexity. */
+export const PERPLEXITY_BOUNDS: Readonly<Record<Elem, number>> = { f32: 0.002, f16: 0.005 };
+
+export interface PerplexityRow {
+  readonly elem: Elem;
+  readonly context: RecordedLength;
+  readonly books: number;
+  readonly perplexity: number;
+  readonly recorded: number;
+  /** Relative. */
+  readonly error: number;
+  readonly tokensPerSecond: number;
+}
+
+/** Perplexity of the first recorded books, cut into windows of `context` tokens, as `score` computes it. */
+export async function perplexityAccuracy(
+  gpu: Gpu,
+  elem: Elem,
+  context: RecordedLength,
+  books: number,
+): Promise<PerplexityRow> {
+  const windows = loadPerplexity().windows.slice(0, books);
+  return await withClassics(gpu, elem, context, async (model) => {
+    const starting = performance.now();
+    const scores = [];
+    for (const { inputIds } of windows) {
+      scores.push(await scoreDocument(model, tokensOf(inputIds), { window: context }));
+    }
+    const total = totalScore(scores);
+    const recorded = Math.exp(windows.reduce((sum, { sumNll }) => sum + sumNll[context], 0) / total.scored);
+    return {
+      elem,
+      context,
+      books: windows.length,
+      perplexity: perplexity(total)!,
+      recorded,
+      error: Math.abs(perplexity(total)! / recorded - 1),
+      tokensPerSecond: 1000 * total.tokens / (performance.now() - starting),
+    };
+  }, { scoring: true });
 }
 
 /** Result of following the recorded greedy continuations. */
@@ -248,31 +296,82 @@ export function greedyGapTolerance(elem: Elem): number {
   return 2 * boundOf(elem, golden.maxAbsLogitDiffToFloat64, drift, largestLogit);
 }
 
+/** The residual stream of a prompt of many chunks: whole after the last block, single rows after the others. */
+class ResidualTap {
+  readonly #gpu: Gpu;
+  readonly #config: GPT2Config;
+  readonly #chunkTokens: number;
+  readonly #tokens: number;
+  readonly #positions: readonly number[];
+  readonly #chunks = new Map<string, number>();
+  readonly #parts: { name: string; position: number; readback: Readback }[] = [];
+
+  constructor(
+    gpu: Gpu,
+    config: GPT2Config,
+    of: { chunkTokens: number; tokens: number; positions: readonly number[] },
+  ) {
+    this.#gpu = gpu;
+    this.#config = config;
+    this.#chunkTokens = of.chunkTokens;
+    this.#tokens = of.tokens;
+    this.#positions = of.positions;
+  }
+
+  readonly tap: Tap = (name, buffer, recorder) => {
+    if (!name.startsWith("block_")) return;
+    const first = (this.#chunks.get(name) ?? 0) * this.#chunkTokens;
+    this.#chunks.set(name, first / this.#chunkTokens + 1);
+    const rows = Math.min(this.#chunkTokens, this.#tokens - first);
+    const keep = (position: number, count: number) => {
+      const bytes = 4 * count * this.#config.nEmbd;
+      const readback = new Readback(this.#gpu, name, bytes);
+      recorder.copy(buffer, 4 * (position - first) * this.#config.nEmbd, readback, 0, bytes);
+      this.#parts.push({ name, position, readback });
+    };
+    if (name === `block_${this.#config.nLayer - 1}`) keep(first, rows);
+    else {
+      for (const position of this.#positions) {
+        if (position >= first && position < first + rows) keep(position, 1);
+      }
+    }
+  };
+
+  /** Rows by block and position, and everything after the last block, `[tokens, width]`. */
+  async read(): Promise<{ row(block: number, position: number): Float32Array; last: Float32Array }> {
+    const { nEmbd, nLayer } = this.#config;
+    const rows = new Map<string, Float32Array>();
+    const last = new Float32Array(this.#tokens * nEmbd);
+    for (const { name, position, readback } of this.#parts) {
+      const values = new Float32Array(await readback.read());
+      readback.destroy();
+      if (name === `block_${nLayer - 1}`) last.set(values, position * nEmbd);
+      else rows.set(`${name} ${position}`, values);
+    }
+    const row = (block: number, position: number) =>
+      block === nLayer - 1
+        ? last.subarray(position * nEmbd, (position + 1) * nEmbd)
+        : rows.get(`block_${block} ${position}`)!;
+    return { row, last };
+  }
+}
+
 /** A published shape with weights made from integers, against logits and hidden states recorded on a GPU in float32. */
-export async function syntheticAccuracy(
-  gpu: Gpu,
-  elem: Elem,
-  shape: Extract<PublishedShape, "gpt2" | "gpt2-medium">,
-): Promise<AccuracyRow[]> {
+export async function syntheticAccuracy(gpu: Gpu, elem: Elem, shape: SyntheticCase): Promise<AccuracyRow[]> {
   const golden = loadSynthetic(shape);
   const config = configFromSizes(golden.config);
   const { vocabSize, nEmbd, nLayer } = config;
   const source = syntheticSource(config);
-  const model = await Gpt2.load(gpu, source, config, { context: golden.tokens, elem });
+  const model = await Gpt2.load(gpu, source, config, { context: golden.tokens, elem, scoring: true });
   try {
-    const taps = new TensorTap(gpu, 4 * golden.tokens * nEmbd);
+    const taps = new ResidualTap(gpu, config, { ...golden, chunkTokens: model.plan.chunkTokens });
     const rows = new Map<number, Float32Array>();
     await model.prefill(syntheticPrompt(golden.tokens, vocabSize), {
       tap: taps.tap,
-      onLogits: (first, logits) => {
-        const all = new Map<number, Float32Array>();
-        splitRows(first, logits, vocabSize, all);
-        for (const position of golden.positions) {
-          if (all.has(position)) rows.set(position, all.get(position)!);
-        }
-      },
+      onLogits: (token, row) => rows.set(token, row),
+      wantsLogits: (token) => golden.positions.includes(token),
     });
-    const hidden = await taps.read();
+    const residual = await taps.read();
     const errors = { logits: 0, logsumexp: 0, argmax: 0, rms: 0 };
     golden.rows.forEach(({ position, logsumexp, topIds, topLogits, columns }) => {
       const row = rows.get(position)!;
@@ -284,7 +383,7 @@ export async function syntheticAccuracy(
     });
     golden.positions.forEach((position, p) => {
       for (let block = 0; block < nLayer; block++) {
-        const x = hidden.get(`block_${block}`)!.subarray(position * nEmbd, (position + 1) * nEmbd);
+        const x = residual.row(block, position);
         const rms = Math.sqrt(x.reduce((sum, value) => sum + value * value, 0) / nEmbd);
         errors.rms = largest([errors.rms, Math.abs(rms / golden.afterBlock.rms[p]![block]! - 1)]);
       }
@@ -295,7 +394,7 @@ export async function syntheticAccuracy(
     // Layer norm makes a relative error of the residual stream an absolute one of the hidden state, and the head makes
     // that one of the logits, both in units of their spread; an average over many elements is off by no more than they.
     const relativeBound = elem === "f32" ? 9 * maxAbsHiddenDiff / hiddenRms : 2 * drift / logitStd;
-    const final = await finalHidden(hidden.get(`block_${nLayer - 1}`)!, source, config);
+    const final = await finalHidden(residual.last, source, config);
     return [
       { what: `${shape}, logits`, error: errors.logits, bound },
       { what: `${shape}, log-sum-exp`, error: errors.logsumexp, bound },
@@ -348,17 +447,6 @@ function checksumError(hidden: Float64Array, golden: SyntheticGolden["finalHidde
   return largest(errors);
 }
 
-function splitRows(
-  first: number,
-  logits: Float32Array,
-  vocab: number,
-  into: Map<number, Float32Array>,
-): void {
-  for (let r = 0; r * vocab < logits.length; r++) {
-    into.set(first + r, logits.slice(r * vocab, (r + 1) * vocab));
-  }
-}
-
 /** The largest of some magnitudes; NaN if one of them is. */
 function largest(values: readonly number[]): number {
   return values.reduce((a, b) => Math.max(a, b), 0);
@@ -375,8 +463,4 @@ function logSumExp(row: Float32Array): number {
   let sum = 0;
   for (const value of row) sum += Math.exp(value - max);
   return max + Math.log(sum);
-}
-
-function logProbability(row: Float32Array, id: number): number {
-  return row[id]! - logSumExp(row);
 }

@@ -1,8 +1,9 @@
 /** What the two attention kernels' tests share: inputs, their layouts on the GPU, the plain algorithm, its conditioning. */
+import { type HeadRange, KV_BLOCK } from "../../src/kernels/shared/shared.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import { maxAbs } from "./compare.ts";
 import { rounded } from "./device.ts";
-import { normalArray } from "./random.ts";
+import { normalArray, uniformArray } from "./random.ts";
 
 export interface AttentionShape {
   readonly heads: number;
@@ -49,24 +50,56 @@ export function packQueries(q: ArrayLike<number>, { heads, headDim, qLen }: Atte
   return out;
 }
 
-/** Keys or values `[kvLen, heads, headDim]` as the cache holds them, `[heads, capacity, headDim4 · 4]`; NaN past kvLen. */
+/**
+ * A block table with room for `kvLen` keys and two blocks more: neighbours in position are none in memory, so a kernel
+ * that does not ask the table is found out.
+ */
+export function scrambledTable(kvLen: number): Uint32Array {
+  const blocks = Math.ceil(kvLen / KV_BLOCK) + 2;
+  const table = Uint32Array.from({ length: blocks }, (_, i) => i);
+  const draws = uniformArray(blocks, blocks, 0, 1);
+  for (let i = blocks - 1; i > 0; i--) {
+    const j = Math.floor(draws[i]! * (i + 1));
+    [table[i], table[j]] = [table[j]!, table[i]!];
+  }
+  return table;
+}
+
+/** Where position `j` of a head is in the cache. */
+export function cacheRow(table: Uint32Array, head: number, j: number): number {
+  return (head * table.length + table[Math.floor(j / KV_BLOCK)]!) * KV_BLOCK + j % KV_BLOCK;
+}
+
+/**
+ * Keys or values `[kvLen, heads, headDim]` of a range of heads as the cache holds them, `[heads of the range, blocks,
+ * KV_BLOCK, headDim4 · 4]`; NaN past kvLen.
+ */
 export function packCache(
   rows: ArrayLike<number>,
   { heads, headDim }: AttentionShape,
-  capacity: number,
+  table: Uint32Array,
+  range: HeadRange = { first: 0, heads },
 ): Float64Array {
   const stride = 4 * Math.ceil(headDim / 4);
   const kvLen = rows.length / (heads * headDim);
-  const out = new Float64Array(heads * capacity * stride).fill(NaN);
-  for (let h = 0; h < heads; h++) {
+  const out = new Float64Array(range.heads * table.length * KV_BLOCK * stride).fill(NaN);
+  for (let h = 0; h < range.heads; h++) {
     for (let j = 0; j < kvLen; j++) {
       for (let d = 0; d < stride; d++) {
-        const value = d < headDim ? rows[(j * heads + h) * headDim + d]! : 0;
-        out[(h * capacity + j) * stride + d] = value;
+        const value = d < headDim ? rows[(j * heads + range.first + h) * headDim + d]! : 0;
+        out[cacheRow(table, h, j) * stride + d] = value;
       }
     }
   }
   return out;
+}
+
+/** The heads in one buffer, and the same heads in two where there are several. */
+export function headRanges(heads: number, split: boolean): HeadRange[] {
+  const half = Math.ceil(heads / 2);
+  return split && heads > 1
+    ? [{ first: 0, heads: half }, { first: half, heads: heads - half }]
+    : [{ first: 0, heads }];
 }
 
 /** Textbook causal attention, every operation in f32: dot products, scale, maximum, exp, sum, weighted sum, division. */

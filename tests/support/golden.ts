@@ -26,6 +26,9 @@ export interface ShortGolden {
   };
 }
 
+/** Tokens of the recorded prompts, and of the contexts that perplexity is recorded for. */
+export type RecordedLength = 1024 | 4096 | 16384;
+
 /** A long prompt through classics-16k. */
 export interface PromptGolden {
   readonly text: string;
@@ -36,7 +39,27 @@ export interface PromptGolden {
   readonly meanNll: number;
   /** Position to the logits `[8192]` after its token; 4 positions, from 0, the last among them. */
   readonly logits: ReadonlyMap<number, Float32Array>;
+  /** Largest absolute difference of the recorded float32 logits to the same network in float64. */
   readonly maxAbsLogitDiffToFloat64: number;
+}
+
+/** Perplexity of classics-16k on six books. */
+export interface PerplexityGolden {
+  /** In words: which tokens are scored, and how the figures follow from the sums. */
+  readonly definition: string;
+  /** Over all the windows, by context. */
+  readonly perplexity: Readonly<Record<RecordedLength, number>>;
+  readonly windows: readonly {
+    /** Name of the book's file. */
+    readonly text: string;
+    /** The book's first 16,384 tokens. */
+    readonly inputIds: Int32Array;
+    /**
+     * In nats, by context C: the window is cut into pieces of C tokens, each runs from position 0, and of each all
+     * tokens but the first are scored.
+     */
+    readonly sumNll: Readonly<Record<RecordedLength, number>>;
+  }[];
 }
 
 /** Greedy continuation of a prompt; all arrays but the prompt have one entry a step. */
@@ -57,7 +80,10 @@ export interface TokenizerGolden {
   readonly ids: readonly number[];
 }
 
-/** Outputs of a checkpoint generated from integers in the shape of a published GPT-2. */
+/** Published shapes of GPT-2 with 1,024 positions, and gpt2 with 16,384 and 65,536. */
+export type SyntheticCase = "gpt2" | "gpt2-medium" | "gpt2-16k" | "gpt2-64k";
+
+/** Outputs of a checkpoint generated from integers in one of these shapes, for a prompt that fills all positions. */
 export interface SyntheticGolden {
   readonly config: {
     readonly nLayer: number;
@@ -133,8 +159,10 @@ export function loadShort(): ShortGolden {
   };
 }
 
-export function loadPrompt(tokens: 1024 | 4096): PromptGolden {
+export function loadPrompt(tokens: RecordedLength): PromptGolden {
   const { metadata, tensors } = readTensors(`prompt_${tokens}.safetensors`);
+  const measured = () =>
+    (readJson("float64.json") as Record<RecordedLength, { logits: number }>)[tokens].logits;
   return {
     text: metadata.text!,
     startToken: Number(metadata.start_token),
@@ -142,7 +170,25 @@ export function loadPrompt(tokens: 1024 | 4096): PromptGolden {
     nll: tensors.nll!.data as Float32Array,
     meanNll: Number(metadata.mean_nll),
     logits: rowsByPosition(tensors.logits!.data as Float32Array, tensors.positions!.data as Int32Array),
-    maxAbsLogitDiffToFloat64: Number(metadata.max_abs_logit_diff_to_float64),
+    maxAbsLogitDiffToFloat64: Number(metadata.max_abs_logit_diff_to_float64 ?? measured()),
+  };
+}
+
+export function loadPerplexity(): PerplexityGolden {
+  const { definition, perplexity, sum_nll } = readJson("perplexity.json") as {
+    definition: string;
+    perplexity: Record<RecordedLength, number>;
+    sum_nll: ({ text: string; window: number } & Record<RecordedLength, number>)[];
+  };
+  const { tensors } = readTensors("perplexity.safetensors");
+  return {
+    definition,
+    perplexity,
+    windows: sum_nll.map(({ text, window, ...sumNll }) => ({
+      text,
+      inputIds: tensors[`${text}.${window}`]!.data as Int32Array,
+      sumNll,
+    })),
   };
 }
 
@@ -155,7 +201,7 @@ export function loadTokenizerCases(): TokenizerGolden[] {
   return (readJson("tokenizer.json") as { cases: TokenizerGolden[] }).cases;
 }
 
-export function loadSynthetic(name: "gpt2" | "gpt2-medium"): SyntheticGolden {
+export function loadSynthetic(name: SyntheticCase): SyntheticGolden {
   const all = readJson("synthetic.json") as { vocab_columns: number[]; cases: Record<string, object> };
   return camelCased({ ...all.cases[name], vocab_columns: all.vocab_columns }) as SyntheticGolden;
 }

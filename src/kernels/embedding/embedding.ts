@@ -1,6 +1,8 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import type { Elem, Kernel, ShaderFile } from "../../runtime/kernel.ts";
 import { foldedGrid, foldGrid, GRID_FOLD } from "../shared/shared.ts";
-import text from "./embedding.wgsl" with { type: "text" };
+import bindingsText from "./bindings.wgsl" with { type: "text" };
+import positionRowsText from "./position_rows.wgsl" with { type: "text" };
+import tokenRowsText from "./token_rows.wgsl" with { type: "text" };
 
 export interface EmbeddingVariant {
   readonly elem: Elem;
@@ -16,34 +18,53 @@ export interface RowRange {
 
 export interface EmbeddingProblem {
   readonly tokens: number;
-  readonly firstPosition: number;
-  readonly wte: RowRange;
-  readonly wpe: RowRange;
+  readonly piece: RowRange;
 }
 
-/** Token plus position embedding, `x[tokens, width]` in f32; one dispatch a pair of table pieces. */
-export const embedding: Kernel<EmbeddingVariant, EmbeddingProblem> = {
-  name: "embedding",
-  sources: [{ file: "embedding/embedding.wgsl", text }, foldedGrid],
-  bindings: { ids: "read", wte: "read", wpe: "read", x: "read_write" },
-  params: {
-    tokens: "u32",
-    first_position: "u32",
-    wte_first: "u32",
-    wte_rows: "u32",
-    wpe_first: "u32",
-    wpe_rows: "u32",
-  },
-  header: (v) => ({ aliases: { elem: v.elem }, consts: { WIDTH4: v.width4, GRID_FOLD } }),
+/** Where a token's position lies in the table of position embeddings. */
+export interface PositionPlace {
+  /** Row of `wpe`. */
+  readonly place: number;
+  /** How far towards the next row, from 0 to below 1; at 0 that row need not exist. */
+  readonly weight: number;
+}
+
+/** Bytes of one entry of `tokens`: id, place and weight. */
+export const TOKEN_BYTES = 12;
+
+/** Entry `t` of what the kernels read as `tokens`. */
+export function packToken(into: DataView, t: number, id: number, { place, weight }: PositionPlace): void {
+  into.setUint32(TOKEN_BYTES * t, id, true);
+  into.setUint32(TOKEN_BYTES * t + 4, place, true);
+  into.setFloat32(TOKEN_BYTES * t + 8, weight, true);
+}
+
+const bindings: ShaderFile = { file: "embedding/bindings.wgsl", text: bindingsText };
+
+const common = {
+  bindings: { tokens: "read", rows: "read", x: "read_write" },
+  params: { token_count: "u32", first_row: "u32", piece_rows: "u32" },
+  header: (v: EmbeddingVariant) => ({ aliases: { elem: v.elem }, consts: { WIDTH4: v.width4, GRID_FOLD } }),
   workgroupBytes: () => 0,
   workgroupInvocations: () => 64,
-  values: (_, p) => ({
-    tokens: p.tokens,
-    first_position: p.firstPosition,
-    wte_first: p.wte.first,
-    wte_rows: p.wte.rows,
-    wpe_first: p.wpe.first,
-    wpe_rows: p.wpe.rows,
+  values: (_: unknown, p: EmbeddingProblem) => ({
+    token_count: p.tokens,
+    first_row: p.piece.first,
+    piece_rows: p.piece.rows,
   }),
-  grid: (_, p) => foldGrid(p.tokens),
+  grid: (_: unknown, p: EmbeddingProblem) => foldGrid(p.tokens),
+} as const;
+
+/** `x[tokens, width] = wte[ids]` in f32, for the ids in one piece of the table. */
+export const tokenRows: Kernel<EmbeddingVariant, EmbeddingProblem> = {
+  name: "embedding/token_rows",
+  sources: [bindings, { file: "embedding/token_rows.wgsl", text: tokenRowsText }, foldedGrid],
+  ...common,
+};
+
+/** Adds the position embeddings to `x`, for the rows in one piece of the table. */
+export const positionRows: Kernel<EmbeddingVariant, EmbeddingProblem> = {
+  name: "embedding/position_rows",
+  sources: [bindings, { file: "embedding/position_rows.wgsl", text: positionRowsText }, foldedGrid],
+  ...common,
 };

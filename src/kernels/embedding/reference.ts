@@ -1,16 +1,20 @@
-/** `wte[ids[t]] + wpe[firstPosition + t]`, row by row: `[tokens, width]`. */
+import type { PositionPlace } from "./embedding.ts";
+
+/** `wte[ids[t]] + (1 - weight) wpe[place] + weight wpe[place + 1]`, row by row: `[tokens, width]`. */
 export function embeddingReference(
   ids: ArrayLike<number>,
+  places: readonly PositionPlace[],
   wte: ArrayLike<number>,
   wpe: ArrayLike<number>,
   width: number,
-  firstPosition: number,
 ): Float64Array {
   const x = new Float64Array(ids.length * width);
-  for (let t = 0; t < ids.length; t++) {
+  places.forEach(({ place, weight }, t) => {
     for (let c = 0; c < width; c++) {
-      x[t * width + c] = wte[ids[t]! * width + c]! + wpe[(firstPosition + t) * width + c]!;
+      const low = wpe[place * width + c]!;
+      const high = weight > 0 ? wpe[(place + 1) * width + c]! : 0;
+      x[t * width + c] = wte[ids[t]! * width + c]! + (1 - weight) * low + weight * high;
     }
-  }
+  });
   return x;
 }

@@ -1,7 +1,8 @@
 @group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;             // [q_len, 3, HEADS, HEAD_DIM4]
-@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(3) var<storage, read_write> out: array<vec4<elem>>;       // [q_len, HEADS, HEAD_DIM4]
+@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
+@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
+@group(0) @binding(3) var<storage, read> block_table: array<u32>;            // [blocks]
+@group(0) @binding(4) var<storage, read_write> out: array<vec4<elem>>;       // [q_len, HEADS, HEAD_DIM4]
 
 // A score no real one reaches, and finite: the difference of two masked scores is 0, not NaN.
 const MASKED = -3.0e38;

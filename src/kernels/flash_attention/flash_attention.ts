@@ -1,6 +1,7 @@
 import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
-import { tripsHelper, unrollConst } from "../shared/shared.ts";
+import { type HeadRange, KV_BLOCK, kvBlocks, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
+import registerTiledText from "./register_tiled.wgsl" with { type: "text" };
 import subgroupText from "./subgroup.wgsl" with { type: "text" };
 import tiledText from "./tiled.wgsl" with { type: "text" };
 
@@ -10,7 +11,7 @@ export interface FlashAttentionVariant {
   readonly headDim4: number;
   /** Queries of one workgroup, one an invocation. */
   readonly tileQ: number;
-  /** Keys and values staged at a time; a multiple of `keys`. */
+  /** Keys and values staged at a time; a multiple of `keys` that divides a block of the cache. */
   readonly tileKv: number;
   /** Scores held at a time by one invocation, and keys between two rescalings of its output. */
   readonly keys: number;
@@ -22,9 +23,26 @@ export interface FlashAttentionProblem {
   readonly qLen: number;
   /** Position of the first query; queries see the keys up to their own position. */
   readonly firstPosition: number;
-  readonly capacity: number;
+  /** Blocks that the cache has room for, a head. */
+  readonly blocks: number;
+  /** The heads in the bound buffers; no others are computed. */
+  readonly range: HeadRange;
   /** Factor on the scores, 1/√headDim for GPT-2. */
   readonly scale: number;
+}
+
+export interface RegisterTiledVariant {
+  readonly elem: Elem;
+  readonly heads: number;
+  /** Divides `lanes`. */
+  readonly headDim4: number;
+  /** Queries of one workgroup. */
+  readonly tileQ: number;
+  /** Keys and values staged at a time; divides a block of the cache. */
+  readonly tileKv: number;
+  readonly lanes: number;
+  /** See `shared/trips.wgsl`. */
+  readonly unroll: boolean;
 }
 
 export interface SubgroupAttentionVariant {
@@ -40,12 +58,20 @@ export interface SubgroupAttentionVariant {
 const bindings: ShaderFile = { file: "flash_attention/bindings.wgsl", text: bindingsText };
 
 const common = {
-  bindings: { qkv: "read", k: "read", v: "read", out: "read_write" },
-  params: { q_len: "u32", first_position: "u32", capacity: "u32", scale_log2: "f32", one: "u32" },
+  bindings: { qkv: "read", k: "read", v: "read", block_table: "read", out: "read_write" },
+  params: {
+    q_len: "u32",
+    first_position: "u32",
+    blocks: "u32",
+    first_head: "u32",
+    scale_log2: "f32",
+    one: "u32",
+  },
   values: (_: unknown, p: FlashAttentionProblem) => ({
     q_len: p.qLen,
     first_position: p.firstPosition,
-    capacity: p.capacity,
+    blocks: p.blocks,
+    first_head: p.range.first,
     scale_log2: p.scale * Math.LOG2E,
     one: 1,
   }),
@@ -54,13 +80,14 @@ const common = {
 /** Causal attention of `qLen` queries over the cache, whose last keys are the queries' own. */
 export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem> = {
   name: "flash_attention/tiled",
-  sources: [bindings, { file: "flash_attention/tiled.wgsl", text: tiledText }, tripsHelper],
+  sources: [bindings, { file: "flash_attention/tiled.wgsl", text: tiledText }, kvBlocks, tripsHelper],
   ...common,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
       HEADS: v.heads,
       HEAD_DIM4: v.headDim4,
+      KV_BLOCK,
       TILE_Q: v.tileQ,
       TILE_KV: v.tileKv,
       KEYS: v.keys,
@@ -69,22 +96,52 @@ export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem
   }),
   workgroupBytes: (v) => 2 * 16 * v.headDim4 * v.tileKv, // k_tile + v_tile
   workgroupInvocations: (v) => v.tileQ,
-  grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), v.heads, 1],
+  grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), p.range.heads, 1],
+};
+
+/** The same with both products tiled in registers, for the heads of published models. */
+export const registerTiledAttention: Kernel<RegisterTiledVariant, FlashAttentionProblem> = {
+  name: "flash_attention/register_tiled",
+  sources: [
+    bindings,
+    { file: "flash_attention/register_tiled.wgsl", text: registerTiledText },
+    kvBlocks,
+    tripsHelper,
+  ],
+  ...common,
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    consts: {
+      HEADS: v.heads,
+      HEAD_DIM4: v.headDim4,
+      KV_BLOCK,
+      TILE_Q: v.tileQ,
+      TILE_KV: v.tileKv,
+      LANES: v.lanes,
+      ...unrollConst(v.unroll),
+    },
+  }),
+  workgroupBytes: ({ headDim4, tileQ, tileKv }) =>
+    16 * (tileQ + tileKv) * (headDim4 + 1) + // q_tile + kv_tile
+    16 * tileQ * (tileKv / 4 + 1) + // p_tile
+    4 * tileQ * (tileKv / 4 + 1), // row_part + row_scale
+  workgroupInvocations: (v) => v.lanes,
+  grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), p.range.heads, 1],
 };
 
 /** The same on software Vulkan. */
 export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionProblem> = {
   name: "flash_attention/subgroup",
-  sources: [bindings, { file: "flash_attention/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  sources: [bindings, { file: "flash_attention/subgroup.wgsl", text: subgroupText }, kvBlocks, tripsHelper],
   ...common,
   header: (v) => ({
     aliases: { elem: v.elem },
     subgroup: v.subgroup,
-    consts: { HEADS: v.heads, HEAD_DIM4: v.headDim4, ...unrollConst(v.unroll) },
+    consts: { HEADS: v.heads, HEAD_DIM4: v.headDim4, KV_BLOCK, ...unrollConst(v.unroll) },
   }),
   workgroupBytes: () => 0,
   workgroupInvocations: (v) => v.subgroup,
-  grid: (v, p) => [Math.ceil(p.qLen / v.subgroup), v.heads, 1],
+  grid: (v, p) => [Math.ceil(p.qLen / v.subgroup), p.range.heads, 1],
 };
 
 /** Candidates in order of preference; `unroll` is false on software adapters only. */
@@ -99,8 +156,20 @@ export function attentionCandidates(
   );
   return [
     ...(unroll ? [] : forSoftware),
+    ...registerTiledVariants(elem, heads, headDim4, unroll).map((v) => op(registerTiledAttention, v)),
     ...flashAttentionVariants(elem, heads, headDim4, unroll).map((v) => op(tiledAttention, v)),
   ];
+}
+
+/** Heads of 32, 64 and 128 columns, whose columns divide the lanes; the smaller tile is for 32 KiB of workgroup memory. */
+export function registerTiledVariants(
+  elem: Elem,
+  heads: number,
+  headDim4: number,
+  unroll: boolean,
+): RegisterTiledVariant[] {
+  if (![8, 16, 32].includes(headDim4)) return [];
+  return [64, 32].map((tileQ) => ({ elem, heads, headDim4, tileQ, tileKv: 32, lanes: 128, unroll }));
 }
 
 /** In order of preference: smaller tiles are for large heads and little workgroup memory. */

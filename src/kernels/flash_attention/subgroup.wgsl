@@ -15,12 +15,11 @@ fn main(
     @builtin(num_workgroups) grid: vec3u,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    let head = workgroup.y;
+    let head = params.first_head + workgroup.y;
     let first_query = (grid.x - 1u - workgroup.x) * SUBGROUP;
     let query = min(first_query + lane, params.q_len - 1u);
     let position = params.first_position + query;
     let kv_end = params.first_position + min(first_query + SUBGROUP, params.q_len);
-    let kv_base = head * params.capacity * HEAD_DIM4;
 
     var q: array<vec4f, HEAD_DIM4>;
     var o: array<vec4f, HEAD_DIM4>;
@@ -32,7 +31,7 @@ fn main(
 
     for (var first = 0u; first < kv_end; first += SUBGROUP) {
         // Lanes past the last key repeat it: what the cache holds there may be anything, NaN included.
-        let row = kv_base + min(first + lane, kv_end - 1u) * HEAD_DIM4;
+        let row = kv_row(workgroup.y, min(first + lane, kv_end - 1u)) * HEAD_DIM4;
         var s0 = vec4f(0.0);
         var s1 = vec4f(0.0);
         var s2 = vec4f(0.0);

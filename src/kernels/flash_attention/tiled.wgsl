@@ -14,14 +14,13 @@ fn main(
     @builtin(num_workgroups) grid: vec3u,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let head = workgroup.y;
+    let head = params.first_head + workgroup.y;
     // Late tiles attend to the most keys: started first, they do not run alone at the end.
     let first_query = (grid.x - 1u - workgroup.x) * TILE_Q;
     let query = first_query + lane;
     let position = params.first_position + query;
     let last_query = min(first_query + TILE_Q, params.q_len) - 1u;
     let kv_end = params.first_position + last_query + 1u;
-    let kv_base = head * params.capacity * HEAD_DIM4;
 
     var q: array<vec4f, HEAD_DIM4>;
     var o: array<vec4f, HEAD_DIM4>;
@@ -34,13 +33,14 @@ fn main(
     }
 
     for (var first = 0u; first < kv_end; first += TILE_KV) {
+        let tile = kv_row(workgroup.y, first) * HEAD_DIM4;
         for (var i = lane; i < TILE_KV * HEAD_DIM4; i += TILE_Q) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
             var key = vec4f(0.0);
             var value = vec4f(0.0);
             if (first + i / HEAD_DIM4 < kv_end) {
-                key = vec4f(k[kv_base + first * HEAD_DIM4 + i]);
-                value = vec4f(v[kv_base + first * HEAD_DIM4 + i]);
+                key = vec4f(k[tile + i]);
+                value = vec4f(v[tile + i]);
             }
             k_tile[i] = key;
             v_tile[i] = value;

@@ -2,10 +2,11 @@
 // Split-KV as in Flash-Decoding (Dao et al. 2023): with one query there are too few heads to fill a GPU.
 // Slices are cut at fixed positions, so the result does not depend on the device.
 @group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;             // [3, HEADS, HEAD_DIM4]
-@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [HEADS, capacity, HEAD_DIM4]
-@group(0) @binding(3) var<storage, read_write> partial_out: array<vec4f>;    // [splits, HEADS, HEAD_DIM4], unnormalised
-@group(0) @binding(4) var<storage, read_write> partial_ml: array<vec2f>;     // [splits, HEADS]: maximum (base 2), sum
+@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
+@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
+@group(0) @binding(3) var<storage, read> block_table: array<u32>;            // [blocks]
+@group(0) @binding(4) var<storage, read_write> partial_out: array<vec4f>;    // [splits, HEADS, HEAD_DIM4], unnormalised
+@group(0) @binding(5) var<storage, read_write> partial_ml: array<vec2f>;     // [splits, HEADS]: maximum (base 2), sum
 
 // Lanes that share the sum over one slice's values for the same four output columns.
 const SLICES = LANES / HEAD_DIM4;
@@ -18,10 +19,9 @@ var<workgroup> sums: array<vec4f, SLICES * HEAD_DIM4>;      // [SLICES, HEAD_DIM
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index) lane: u32) {
     let split = workgroup.x;
-    let head = workgroup.y;
+    let head = params.first_head + workgroup.y;
     let first = split * SPLIT;
     let keys = min(SPLIT, params.kv_len - first);
-    let kv_base = (head * params.capacity + first) * HEAD_DIM4;
 
     for (var d = lane; d < HEAD_DIM4; d += LANES) {
         q[d] = vec4f(qkv[head * HEAD_DIM4 + d]) * params.scale_log2;
@@ -30,9 +30,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
 
     var m = -3.0e38;
     for (var j = lane; j < keys; j += LANES) {
+        let row = kv_row(workgroup.y, first + j) * HEAD_DIM4;
         var products = vec4f(0.0);
         for (var d = 0u; d < trips(HEAD_DIM4); d++) {
-            products = fma(q[d], vec4f(k[kv_base + j * HEAD_DIM4 + d]), products);
+            products = fma(q[d], vec4f(k[row + d]), products);
         }
         let score = (products.x + products.y) + (products.z + products.w);
         scores[j] = score;
@@ -53,7 +54,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
     if (lane < SLICES * HEAD_DIM4) {
         var sum = vec4f(0.0);
         for (var j = lane / HEAD_DIM4; j < keys; j += SLICES) {
-            sum = fma(vec4f(scores[j]), vec4f(v[kv_base + j * HEAD_DIM4 + lane % HEAD_DIM4]), sum);
+            let row = kv_row(workgroup.y, first + j) * HEAD_DIM4;
+            sum = fma(vec4f(scores[j]), vec4f(v[row + lane % HEAD_DIM4]), sum);
         }
         sums[lane] = sum;
     }

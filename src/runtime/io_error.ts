@@ -6,8 +6,12 @@ const REASONS: Readonly<Record<string, string>> = {
   EFBIG: "the file would be too large",
   EIO: "the device reports an error",
   EISDIR: "it is a folder",
+  ENAMETOOLONG: "its name is too long",
   ENOENT: "there is no such file",
   ENOSPC: "there is no space left",
+  ENOTDIR: "a part of its path is not a folder",
+  EPERM: "the system does not permit it",
+  EROFS: "the disk is read-only",
 };
 
 /** The reason for a system's error code, or the code itself. */

@@ -1,0 +1,51 @@
+/** What every command reports of a run: times, memory, the profile. */
+import type { Gpt2 } from "../model/gpt2.ts";
+import type { Gpu } from "../runtime/device.ts";
+import type { KernelTime } from "../runtime/profiler.ts";
+
+/** Milliseconds, and tokens a second; null where a part does not apply. */
+export interface Timings {
+  readonly load_ms: number;
+  readonly tokenize_ms: number | null;
+  /** From the start of the process. */
+  readonly first_token_ms: number | null;
+  readonly prefill_ms: number;
+  readonly prefill_tokens_per_s: number | null;
+  readonly decode_ms: number | null;
+  readonly decode_tokens_per_s: number | null;
+}
+
+/** Bytes of GPU buffers, counted when they are allocated. */
+export interface Memory {
+  readonly peak_bytes: number;
+  readonly weights_bytes: number;
+  readonly kv_bytes: number;
+  readonly activations_bytes: number;
+  readonly bytes_per_token: number;
+  /** What the plan said that the run would take. */
+  readonly planned_bytes: number;
+}
+
+export function memoryReport(gpu: Gpu, model: Gpt2): Memory {
+  return {
+    peak_bytes: gpu.memory.peakBytes,
+    weights_bytes: gpu.memory.bytes("weights"),
+    kv_bytes: gpu.memory.bytes("kv"),
+    activations_bytes: gpu.memory.bytes("activations"),
+    bytes_per_token: model.plan.bytesPerToken,
+    planned_bytes: model.plan.totalBytes,
+  };
+}
+
+export function formatProfile(
+  { kernels, dropped }: { kernels: readonly KernelTime[]; dropped: number },
+): string {
+  const total = kernels.reduce((sum, kernel) => sum + kernel.gpuMs, 0);
+  const rows = kernels.map(({ name, calls, gpuMs }) =>
+    `${name.padEnd(26)} ${String(calls).padStart(7)} ${gpuMs.toFixed(3).padStart(12)} ` +
+    `${(100 * gpuMs / total).toFixed(1).padStart(6)}`
+  );
+  const header = `${"kernel".padEnd(26)} ${"calls".padStart(7)} ${"GPU ms".padStart(12)} ${"%".padStart(6)}`;
+  const note = dropped > 0 ? [`${dropped} dispatches were not timed: more than a submission's queries`] : [];
+  return [header, ...rows, ...note].join("\n");
+}

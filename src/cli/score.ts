@@ -1,0 +1,384 @@
+/** `score`: how well a model predicts texts. */
+import { type GPT2Config, readConfig } from "../model/config.ts";
+
+import type { Positions } from "../model/positions.ts";
+import { openCheckpoint } from "../model/safetensors.ts";
+import {
+  type DocumentScore,
+  meanNll,
+  perplexity,
+  type PositionBucket,
+  scoreDocument,
+  totalScore,
+} from "../model/scoring.ts";
+import { TextTokens, tokensOf, type TokenSource, upTo } from "../model/token_source.ts";
+import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
+import type { WeightSource } from "../model/weight_source.ts";
+import { formatBytes } from "../runtime/buffers.ts";
+import type { Gpu } from "../runtime/device.ts";
+import { InputError, UsageError } from "../runtime/errors.ts";
+import type { KernelTime } from "../runtime/profiler.ts";
+import { openText, readIds } from "./input.ts";
+import {
+  abortOnInterrupt,
+  boundTokens,
+  checkContext,
+  chooseElem,
+  choosePositions,
+  type LoadedModel,
+  loadModel,
+  modelFolder,
+  openCommandDevice,
+} from "./load.ts";
+import type { ScoreOptions } from "./options.ts";
+import {
+  formatMs,
+  formatRate,
+  JsonArray,
+  ProgressLine,
+  workProgress,
+  writeNote,
+  writeResult,
+} from "./output.ts";
+import { formatProfile, type Memory, memoryReport, type Timings } from "./report.ts";
+
+interface BucketReport {
+  /** Positions in the window, from and below. */
+  readonly from: number;
+  readonly to: number;
+  readonly scored: number;
+  readonly nll_mean: number | null;
+  readonly perplexity: number | null;
+}
+
+/** What `--json` prints for each document. */
+interface ScoreReport {
+  readonly file: string;
+  readonly tokens: number;
+  readonly scored: number;
+  readonly windows: number;
+  /** Tokens of a window, the last of which may be shorter. */
+  readonly window: number;
+  readonly nll_mean: number | null;
+  readonly perplexity: number | null;
+  readonly by_position: readonly BucketReport[];
+  /** Of each token in nats; null for the first of a window. */
+  readonly token_nll?: readonly (number | null)[];
+  readonly logits?: Readonly<Record<string, readonly number[]>>;
+  readonly profile?: readonly KernelTime[];
+  readonly timings: Timings;
+  readonly memory: Memory;
+}
+
+/** A text or a list of ids, open. */
+interface Document {
+  readonly name: string;
+  readonly tokens: TokenSource;
+  /** The most tokens that it has; makes the start of a long text's tokens. */
+  bound(): Promise<number>;
+  /** How many it has or, while the end is not encoded, probably has. */
+  estimate(): number | undefined;
+  readonly tokenizeMs: () => number | null;
+  close(): Promise<void>;
+}
+
+/** Where a document comes from; opened when its turn comes. */
+interface DocumentSource {
+  open(): Promise<Document>;
+  /** The most tokens that it can have, without encoding any. */
+  sizeBound(): Promise<number>;
+}
+
+/** Runs the command. @returns the exit code: 0, or 130 when it was interrupted */
+export async function runScore(options: ScoreOptions): Promise<number> {
+  const dir = modelFolder(options);
+  const config = await readConfig(dir);
+  checkContext(config, options);
+  checkWindow(config, options);
+  const opening = openCommandDevice(options);
+  opening.catch(() => {});
+  const tokenizer = options.ids === undefined ? await loadTokenizer(dir) : undefined;
+  const sources = tokenizer ? fileSources(options, tokenizer) : [await idsSource(options.ids!)];
+  const single = sources.length === 1 ? await sources[0]!.open() : undefined;
+  try {
+    const context = await planContext(config, sources, single, options);
+    const source = await openCheckpoint(dir);
+    try {
+      const gpu = await opening;
+      try {
+        const documents = single ? [{ open: () => Promise.resolve(single) }] : sources;
+        return await scoreAll(gpu, source, config, documents, context, options);
+      } finally {
+        gpu.destroy();
+      }
+    } finally {
+      await source.close();
+    }
+  } finally {
+    await single?.close();
+  }
+}
+
+function checkWindow({ nPositions }: GPT2Config, { window, positions }: ScoreOptions): void {
+  if (window === undefined || window <= nPositions || positions !== "exact") return;
+  throw new UsageError(`\`--window ${window}\` is more than the model's ${nPositions} positions`, {
+    hint: `use at most \`--window ${nPositions}\`, or go beyond with \`--positions interpolate\` or ` +
+      "`--positions repeat`, at a loss",
+  });
+}
+
+async function idsSource(path: string): Promise<DocumentSource> {
+  const ids = await readIds(path);
+  return {
+    open: () =>
+      Promise.resolve({
+        name: path,
+        tokens: tokensOf(ids),
+        bound: () => Promise.resolve(ids.length),
+        estimate: () => ids.length,
+        tokenizeMs: () => null,
+        close: () => Promise.resolve(),
+      }),
+    sizeBound: () => Promise.resolve(ids.length),
+  };
+}
+
+function fileSources(options: ScoreOptions, tokenizer: GPT2Tokenizer): DocumentSource[] {
+  const files = options.files.length > 0 ? options.files : ["-"];
+  return files.map((path) => ({
+    async open() {
+      const input = await openText(path);
+      const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength);
+      return {
+        name: path,
+        tokens,
+        bound: () => boundTokens(tokens, options),
+        estimate: () => tokens.estimate(),
+        tokenizeMs: () => tokens.encodeMs,
+        close: () => input.close(),
+      };
+    },
+    async sizeBound() {
+      if (path === "-" || !tokenizer.encoder().isByteBounded) return Infinity;
+      const input = await openText(path);
+      await input.close();
+      return input.byteLength ?? Infinity;
+    },
+  }));
+}
+
+/**
+ * Tokens to plan memory for: the longest window that there can be. For a single text that is known exactly, unless it is
+ * long; several are not all read first, so their size in bytes, which is more than they have tokens, has to do.
+ */
+async function planContext(
+  config: GPT2Config,
+  sources: readonly DocumentSource[],
+  single: Document | undefined,
+  options: ScoreOptions,
+): Promise<number> {
+  const { window, context, maxTokens = Infinity, positions } = options;
+  const limit = Math.min(
+    window ?? context ?? (positions === "exact" ? config.nPositions : Infinity),
+    maxTokens,
+  );
+  if (!single && positions !== "exact" && limit === Infinity) {
+    throw new UsageError(`\`--positions ${positions}\` with several files needs \`--window\``, {
+      hint: "positions depend on it, and all files should be scored alike",
+    });
+  }
+  let bound = 0;
+  if (single) bound = await single.bound();
+  else for (const source of sources) bound = Math.max(bound, await source.sizeBound());
+  if (bound === 0) throw new InputError("There is nothing to score: the text is empty");
+  return context ?? Math.min(limit, bound);
+}
+
+async function scoreAll(
+  gpu: Gpu,
+  source: WeightSource,
+  config: GPT2Config,
+  documents: readonly Pick<DocumentSource, "open">[],
+  context: number,
+  options: ScoreOptions,
+): Promise<number> {
+  const elem = chooseElem(options.dtype, gpu.caps);
+  const progress = new ProgressLine(options);
+  const window = options.window ?? context;
+  // A stretched table must be the same for all windows, the shorter ones too.
+  const positions: Positions = choosePositions(config, options, Math.max(context, window));
+  const needs = { elem, context: Math.min(context, window), positions, scoring: true };
+  const loaded = await loadModel(gpu, source, config, needs, options, progress);
+  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const output = options.json ? new JsonArray() : undefined;
+  const scores: DocumentScore[] = [];
+  try {
+    for (const { open } of documents) {
+      const document = await open();
+      try {
+        const { score, report } = await scoreOne(
+          gpu,
+          loaded,
+          document,
+          window,
+          controller.signal,
+          options,
+          progress,
+        );
+        scores.push(score);
+        if (output) output.push(report);
+        else writeResult(formatReport(report));
+        if (!options.json && !options.quiet) writeNote(formatCost(report));
+      } finally {
+        await document.close();
+      }
+    }
+    if (!output && scores.length > 1) {
+      writeResult(
+        formatReport({ file: `all ${scores.length} files`, window, ...scoreNumbers(totalScore(scores)) }),
+      );
+    }
+    return 0;
+  } catch (error) {
+    if (controller.signal.aborted && error === controller.signal.reason) return 130;
+    throw error;
+  } finally {
+    stop();
+    progress.clear();
+    // What was scored before an error or an interruption is printed, and is a whole JSON document.
+    output?.end();
+    if (loaded.profiler && !options.json) writeNote(formatProfile(loaded.profiler.report()));
+    loaded.profiler?.destroy();
+    loaded.model.destroy();
+  }
+}
+
+async function scoreOne(
+  gpu: Gpu,
+  { model, loadMs, profiler }: LoadedModel,
+  document: Document,
+  window: number,
+  signal: AbortSignal,
+  options: ScoreOptions,
+  progress: ProgressLine,
+): Promise<{ score: DocumentScore; report: ScoreReport }> {
+  const { maxTokens = Infinity } = options;
+  const nll: (number | null)[] = [];
+  const logits: Record<string, number[]> = {};
+  const wanted = new Set(options.logits);
+  const starting = performance.now();
+  const score = await scoreDocument(model, upTo(document.tokens, maxTokens), {
+    window,
+    signal,
+    onProgress: (done) => {
+      const estimate = document.estimate();
+      const total = estimate === undefined && maxTokens === Infinity
+        ? undefined
+        : Math.min(estimate ?? Infinity, maxTokens);
+      progress.show(workProgress("scored", done, total, performance.now() - starting));
+    },
+    ...(options.tokenNll ? { onNll: (first, values) => appendNll(nll, first, values) } : {}),
+    ...(wanted.size > 0
+      ? {
+        onLogits: (token, row) => logits[token] = Array.from(row),
+        wantsLogits: (token) => wanted.has(token),
+      }
+      : {}),
+  });
+  progress.clear();
+  if (score.tokens === 0) throw new InputError(`There is nothing to score: ${document.name} holds no text`);
+  const missing = options.logits.find((token) => token >= score.tokens);
+  if (missing !== undefined) {
+    throw new InputError(`There is no token ${missing} in ${document.name}: it has ${score.tokens}, from 0`, {
+      hint: "give `--logits` smaller numbers",
+    });
+  }
+  // The first token of each window has no likelihood; a last window of one token ends the list with it.
+  while (options.tokenNll && nll.length < score.tokens) nll.push(null);
+  const elapsedMs = performance.now() - starting;
+  const report: ScoreReport = {
+    file: document.name,
+    window,
+    ...scoreNumbers(score),
+    ...(options.tokenNll ? { token_nll: nll } : {}),
+    ...(wanted.size > 0 ? { logits } : {}),
+    ...(profiler ? { profile: profiler.report().kernels } : {}),
+    timings: {
+      load_ms: loadMs,
+      tokenize_ms: document.tokenizeMs(),
+      first_token_ms: null,
+      prefill_ms: elapsedMs,
+      prefill_tokens_per_s: 1000 * score.tokens / elapsedMs,
+      decode_ms: null,
+      decode_tokens_per_s: null,
+    },
+    memory: memoryReport(gpu, model),
+  };
+  return { score, report };
+}
+
+/** Appends the likelihoods of the tokens from `first` on; tokens skipped before them have none. */
+function appendNll(nll: (number | null)[], first: number, values: Float32Array): void {
+  while (nll.length < first) nll.push(null);
+  // Nine digits name a float32.
+  for (const value of values) nll.push(Number(value.toPrecision(9)));
+}
+
+function scoreNumbers(score: DocumentScore) {
+  return {
+    tokens: score.tokens,
+    scored: score.scored,
+    windows: score.windows,
+    nll_mean: meanNll(score),
+    perplexity: perplexity(score),
+    by_position: score.buckets.map((bucket: PositionBucket): BucketReport => ({
+      from: bucket.from,
+      to: bucket.to,
+      scored: bucket.scored,
+      nll_mean: meanNll(bucket),
+      perplexity: perplexity(bucket),
+    })),
+  };
+}
+
+function formatReport(
+  report: Pick<
+    ScoreReport,
+    "file" | "tokens" | "scored" | "windows" | "window" | "nll_mean" | "perplexity" | "by_position"
+  >,
+): string {
+  const { file, tokens, scored, windows, window } = report;
+  const of = windows === 1 ? "in one window" : `in ${windows} windows of ${count(window)}`;
+  const lines = [
+    `${file}: perplexity ${figure(report.perplexity)} (mean NLL ${report.nll_mean?.toFixed(4) ?? "-"}), ${
+      count(scored)
+    } of ${count(tokens)} tokens scored ${of}`,
+  ];
+  if (report.by_position.length > 1) {
+    lines.push(`  ${"position".padStart(16)} ${"tokens".padStart(10)} ${"perplexity".padStart(12)}`);
+    for (const { from, to, scored: n, perplexity: p } of report.by_position) {
+      const range = `${short(from)} to ${short(to)}`;
+      lines.push(`  ${range.padStart(16)} ${count(n).padStart(10)} ${figure(p).padStart(12)}`);
+    }
+  }
+  return lines.join("\n") + "\n";
+}
+
+function formatCost({ tokens, timings, memory }: ScoreReport): string {
+  return `${count(tokens)} tokens in ${formatMs(timings.prefill_ms)}, ${
+    formatRate(timings.prefill_tokens_per_s)
+  }; ${formatBytes(memory.peak_bytes)} of GPU memory`;
+}
+
+function count(n: number): string {
+  return n.toLocaleString("en-US");
+}
+
+function figure(n: number | null): string {
+  return n === null ? "-" : n.toPrecision(5);
+}
+
+/** Positions as multiples of 1,024, which the buckets end at. */
+function short(position: number): string {
+  return position === 0 ? "0" : `${position / 1024}K`;
+}

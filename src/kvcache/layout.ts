@@ -1,0 +1,52 @@
+/**
+ * How the cache divides its keys and values over buffers: pure arithmetic, asked by the memory plan before anything is
+ * allocated and by the cache when it allocates. The layout itself is described in `cache.ts`.
+ */
+import { type HeadRange, KV_BLOCK } from "../kernels/shared/shared.ts";
+import { type Elem, sizeOf } from "../runtime/kernel.ts";
+
+export interface KvCacheShape {
+  readonly layers: number;
+  readonly heads: number;
+  readonly headDim4: number;
+  readonly elem: Elem;
+}
+
+export interface KvLayout {
+  readonly shape: KvCacheShape;
+  /** Blocks of `KV_BLOCK` tokens that each head has room for. */
+  readonly blocks: number;
+  /** Heads by the buffer that they share. */
+  readonly ranges: readonly HeadRange[];
+}
+
+/** Bytes that one token takes in all layers, keys and values. */
+export function kvBytesPerToken(shape: KvCacheShape): number {
+  return 2 * shape.layers * shape.heads * headRowBytes(shape);
+}
+
+/** Bytes of one head's key, or value, of one token. */
+export function headRowBytes(shape: KvCacheShape): number {
+  return 4 * shape.headDim4 * sizeOf(shape.elem);
+}
+
+/** Bytes of the keys, or values, of one head. */
+export function headBytes({ shape, blocks }: KvLayout): number {
+  return blocks * KV_BLOCK * headRowBytes(shape);
+}
+
+/**
+ * Room for `context` tokens with as few, evenly filled buffers a layer as `maxBytes` allows.
+ * @param maxBytes the most that one buffer may have; a single head may still exceed it, which the memory plan reports
+ */
+export function kvLayout(shape: KvCacheShape, context: number, maxBytes: number): KvLayout {
+  const blocks = Math.ceil(context / KV_BLOCK);
+  const most = Math.max(1, Math.floor(maxBytes / (blocks * KV_BLOCK * headRowBytes(shape))));
+  const buffers = Math.ceil(shape.heads / most);
+  const heads = Math.ceil(shape.heads / buffers);
+  const ranges = Array.from({ length: Math.ceil(shape.heads / heads) }, (_, i): HeadRange => ({
+    first: i * heads,
+    heads: Math.min(heads, shape.heads - i * heads),
+  }));
+  return { shape, blocks, ranges };
+}
