@@ -96,7 +96,7 @@ export class PromptSession {
       onProgress: (done, total) => progress.show(`restoring ${Math.floor(100 * done / total)} %`),
     });
     progress.clear();
-    model.cache.advance(common);
+    model.cache.adopt(common);
     this.#restoredTokens = common;
     this.#restoreMs = performance.now() - starting;
     if (!this.#isQuiet) {

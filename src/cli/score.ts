@@ -1,6 +1,6 @@
 /** `score`: how well a model predicts texts. */
+import process from "node:process";
 import { type GPT2Config, readConfig } from "../model/config.ts";
-
 import type { Positions } from "../model/positions.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import {
@@ -95,6 +95,7 @@ export async function runScore(options: ScoreOptions): Promise<number> {
   const config = await readConfig(dir);
   checkContext(config, options);
   checkWindow(config, options);
+  requireText(options);
   const opening = openCommandDevice(options);
   opening.catch(() => {});
   const tokenizer = options.ids === undefined ? await loadTokenizer(dir) : undefined;
@@ -124,6 +125,13 @@ function checkWindow({ nPositions }: GPT2Config, { window, positions }: ScoreOpt
   throw new UsageError(`\`--window ${window}\` is more than the model's ${nPositions} positions`, {
     hint: `use at most \`--window ${nPositions}\`, or go beyond with \`--positions interpolate\` or ` +
       "`--positions repeat`, at a loss",
+  });
+}
+
+function requireText({ files, ids }: ScoreOptions): void {
+  if (files.length > 0 || ids !== undefined || !process.stdin.isTTY) return;
+  throw new UsageError("There is no text to score", {
+    hint: "name files, or send a text through a pipe: longform score book.txt",
   });
 }
 

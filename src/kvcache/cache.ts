@@ -17,11 +17,11 @@ import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import type { Elem } from "../runtime/kernel.ts";
+import { UploadRing } from "../runtime/upload_ring.ts";
 import { headBytes, headRowBytes, type KvLayout } from "./layout.ts";
 
-/** Bytes of a slice read back, and of uploads in flight before waiting for them: Dawn keeps a copy of each. */
-const SLICE_BYTES = 8 << 20;
-const IN_FLIGHT_BYTES = 64 << 20;
+/** Bytes read back at a time. */
+const SLICE_BYTES = 4 << 20;
 
 /** A run of bytes in one of the cache's buffers. */
 interface Segment {
@@ -38,7 +38,8 @@ export class KvCache {
   readonly #table: GpuBuffer;
   readonly #layers: readonly KvView[];
   #length = 0;
-  #inFlightBytes = 0;
+  /** While `write` is under way. */
+  #uploads: UploadRing | undefined;
 
   private constructor(
     gpu: Gpu,
@@ -162,7 +163,7 @@ export class KvCache {
 
   /**
    * Takes back what `read` gave: bytes of `[heads, tokens, headDim]` from `byteOffset` on, both multiples of 4. The
-   * bytes may be reused at once. Count the tokens with `advance` when all layers are written.
+   * bytes may be reused when it resolves. `adopt` ends it when all layers are written.
    */
   async write(
     layer: number,
@@ -173,16 +174,22 @@ export class KvCache {
   ): Promise<void> {
     let taken = 0;
     for (const segment of this.#segments(layer, which, tokens, byteOffset, bytes.length)) {
-      upload(segment.buffer, bytes.subarray(taken, taken + segment.bytes), segment.offset);
+      this.#uploads ??= new UploadRing(this.#gpu);
+      await this.#uploads.write(segment.buffer, bytes.subarray(taken, taken + segment.bytes), segment.offset);
       taken += segment.bytes;
     }
-    this.#inFlightBytes += bytes.length;
-    if (this.#inFlightBytes < IN_FLIGHT_BYTES) return;
-    this.#inFlightBytes = 0;
-    await this.#gpu.idle();
+  }
+
+  /** Counts tokens whose rows `write` has been given. */
+  adopt(tokens: number): void {
+    this.advance(tokens);
+    this.#uploads?.flush();
+    this.#uploads?.destroy();
+    this.#uploads = undefined;
   }
 
   destroy(): void {
+    this.#uploads?.destroy();
     this.#table.destroy();
     for (const { parts } of this.#layers) {
       for (const { k, v } of parts) {

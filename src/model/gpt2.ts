@@ -35,6 +35,8 @@ export interface Gpt2Options {
   readonly positions?: Positions;
   /** Also allocate what `onNll` and `onLogits` need. */
   readonly scoring?: boolean;
+  /** Tokens that go through the layers at a time, at most; the plan's choice when left out. */
+  readonly chunkTokens?: number;
   readonly onLoad?: LoadProgress;
   readonly profiler?: Profiler | undefined;
   /** The KV cache's block table: any permutation of its blocks gives the same results. In order when left out. */
@@ -68,6 +70,8 @@ interface Parts {
   readonly kernels: ModelKernels;
   readonly cache: KvCache;
   readonly activations: Activations;
+  /** Of the logits and, with `scoring`, of two chunks' likelihoods. */
+  readonly readbacks: readonly [Readback, ...Readback[]];
   readonly weights: Gpt2Weights;
 }
 
@@ -88,7 +92,7 @@ export class Gpt2 {
   readonly #profiler: Profiler | undefined;
 
   private constructor(gpu: Gpu, config: GPT2Config, options: Gpt2Options, parts: Parts) {
-    const { plan, kernels, cache, activations, weights } = parts;
+    const { plan, kernels, cache, activations, readbacks, weights } = parts;
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
@@ -99,10 +103,7 @@ export class Gpt2 {
     this.#cache = cache;
     this.#activations = activations;
     this.#weights = weights;
-    this.#logitsReadback = new Readback(gpu, "logits", 4 * config.vocabSize);
-    this.#nllReadbacks = (options.scoring ? [0, 1] : []).map(() =>
-      new Readback(gpu, "negative log-likelihoods", 4 * plan.chunkTokens)
-    );
+    [this.#logitsReadback, ...this.#nllReadbacks] = readbacks;
   }
 
   /**
@@ -127,10 +128,15 @@ export class Gpt2 {
         owned.push(buffer);
         activations[name as ActivationName] = buffer;
       }
+      const readbacks: [Readback, ...Readback[]] = [new Readback(gpu, "logits", 4 * config.vocabSize)];
+      for (let turn = 0; options.scoring && turn < 2; turn++) {
+        readbacks.push(new Readback(gpu, "negative log-likelihoods", 4 * plan.chunkTokens));
+      }
+      owned.push(...readbacks);
       const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
       owned.push(weights);
       await kernels.compiled;
-      return new Gpt2(gpu, config, options, { plan, kernels, cache, activations, weights });
+      return new Gpt2(gpu, config, options, { plan, kernels, cache, activations, readbacks, weights });
     } catch (error) {
       for (const part of owned) part.destroy();
       if (!(error instanceof OutOfMemoryError)) throw error;

@@ -11,12 +11,19 @@ import { bufferBytes, formatBytes, type Purpose } from "../runtime/buffers.ts";
 import type { Capabilities } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import { type Elem, sizeOf } from "../runtime/kernel.ts";
+import { UPLOAD_STAGE_BYTES, UPLOAD_STAGES } from "../runtime/upload_ring.ts";
 import type { GPT2Config } from "./config.ts";
 
-/** Tokens of a prompt that go through the layers at a time: activations grow with this, not with the context. */
-const CHUNK_TOKENS = 2048;
-/** Fewer than this a chunk would starve any device. */
-const LEAST_CHUNK_TOKENS = 64;
+/**
+ * Tokens of a prompt that go through the layers at a time: a quarter of the context between these bounds. Larger chunks
+ * fill a GPU better (docs/long_context.md), and a quarter keeps activations far below the cache that grows with them.
+ */
+const LEAST_CHUNK_TOKENS = 1024;
+const MOST_CHUNK_TOKENS = 8192;
+/** On a CPU they gain nothing, and a chunk is what an interruption and the progress wait for. */
+const SOFTWARE_CHUNK_TOKENS = 1024;
+/** Fewer than this starve any device; only tiny binding limits lead below the bounds above. */
+const SMALLEST_CHUNK_TOKENS = 64;
 /** Logits of many rows held at a time. */
 const LOGITS_BYTES = 32 << 20;
 
@@ -59,7 +66,10 @@ export function kernelShape(config: GPT2Config, elem: Elem, caps: Capabilities):
 }
 
 /** The part of a device's capabilities that says what fits. */
-export type MemoryLimits = Pick<Capabilities, "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">;
+export type MemoryLimits = Pick<
+  Capabilities,
+  "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes"
+>;
 
 export interface PlanOptions {
   /** Tokens to hold keys and values for. */
@@ -67,6 +77,8 @@ export interface PlanOptions {
   readonly elem: Elem;
   /** Also room for the logits of many rows at a time and their likelihoods. */
   readonly scoring?: boolean;
+  /** Tokens that go through the layers at a time, at most; the plan's choice when left out. */
+  readonly chunkTokens?: number;
   /** The output head is a table of its own. */
   readonly untiedHead?: boolean;
 }
@@ -114,9 +126,9 @@ export type ActivationName =
  */
 export function planMemory(config: GPT2Config, options: PlanOptions, limits: MemoryLimits): MemoryPlan {
   const { context, elem, scoring = false } = options;
-  const most = Math.min(limits.maxBufferBytes, limits.maxBindingBytes);
+  const most = mostBytes(limits);
   const kv = kvLayout(kvShape(config, elem), context, most);
-  const chunkTokens = chooseChunk(config, context, elem, most);
+  const chunkTokens = chooseChunk(config, options, limits);
   const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
   const activations = planActivations(config, options, { chunkTokens, logitRows, heads: kv.shape.heads });
   const buffers = [
@@ -141,13 +153,24 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
   };
 }
 
-/** The longest chunk up to `CHUNK_TOKENS` and the context whose widest row of activations fits one binding. */
-function chooseChunk(config: GPT2Config, context: number, elem: Elem, most: number): number {
+/** The chunk for a context, shorter where its widest rows of activations would not fit one binding. */
+function chooseChunk(config: GPT2Config, options: PlanOptions, limits: MemoryLimits): number {
+  const { context, elem } = options;
   const { width, headsWidth, inner } = paddedSizes(config);
   const widest = Math.max(4 * width, sizeOf(elem) * Math.max(3 * headsWidth, inner), TOKEN_BYTES);
-  let chunk = CHUNK_TOKENS;
-  while (chunk > LEAST_CHUNK_TOKENS && chunk * widest > most) chunk /= 2;
+  const longest = limits.isSoftware ? SOFTWARE_CHUNK_TOKENS : MOST_CHUNK_TOKENS;
+  let chunk = LEAST_CHUNK_TOKENS;
+  while (chunk < longest && chunk < context / 4) chunk *= 2;
+  chunk = options.chunkTokens ?? chunk;
+  while (chunk > SMALLEST_CHUNK_TOKENS && chunk * widest > mostBytes(limits)) {
+    chunk = Math.ceil(chunk / 2);
+  }
   return Math.min(context, chunk);
+}
+
+/** The largest buffer that a kernel can bind whole. */
+function mostBytes({ maxBufferBytes, maxBindingBytes }: MemoryLimits): number {
+  return Math.min(maxBufferBytes, maxBindingBytes);
 }
 
 function chooseLogitRows({ vocabSize }: GPT2Config, chunkTokens: number, most: number): number {
@@ -200,9 +223,12 @@ function planStaging(
   { scoring = false }: PlanOptions,
   chunkTokens: number,
 ): PlannedBuffer[] {
-  const logits = planned("readback of logits", "staging", 4 * vocabSize);
   const nll = planned("readback of negative log-likelihoods", "staging", 4 * chunkTokens);
-  return scoring ? [logits, nll, nll] : [logits];
+  return [
+    ...Array.from({ length: UPLOAD_STAGES }, () => planned("uploads", "staging", UPLOAD_STAGE_BYTES)),
+    planned("readback of logits", "staging", 4 * vocabSize),
+    ...(scoring ? [nll, nll] : []),
+  ];
 }
 
 function planWeights(config: GPT2Config, { elem, untiedHead = false }: PlanOptions, most: number) {
@@ -256,8 +282,9 @@ function planned(label: string, purpose: Purpose, bytes: number): PlannedBuffer 
 
 /** Why a plan does not fit, in a sentence's end; undefined when it does. */
 function misfit({ buffers, totalBytes, context }: MemoryPlan, limits: MemoryLimits): string | undefined {
-  const most = Math.min(limits.maxBufferBytes, limits.maxBindingBytes);
-  const tooLarge = buffers.find(({ bytes }) => bytes > most);
+  const most = mostBytes(limits);
+  // Staging is copied from and to, never bound.
+  const tooLarge = buffers.find(({ bytes, purpose }) => bytes > most && purpose !== "staging");
   if (tooLarge) {
     return `"${tooLarge.label}" takes ${
       formatBytes(tooLarge.bytes)

@@ -3,10 +3,11 @@
  * is never in memory as a whole; the host holds two slices.
  */
 import type { Linear, Norm, RowPiece } from "../kernels/index.ts";
-import { allocate, type GpuBuffer, upload } from "../runtime/buffers.ts";
+import { allocate, type GpuBuffer } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { ModelError } from "../runtime/errors.ts";
 import { type Elem, sizeOf } from "../runtime/kernel.ts";
+import { UploadRing } from "../runtime/upload_ring.ts";
 import type { LoadableTensor, ResolvedCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
 import { convertElements, STORED_BYTES } from "./float16.ts";
@@ -15,8 +16,6 @@ import { elementCount, formatShape, quoteName, type WeightSource } from "./weigh
 
 /** Source bytes read at a time. */
 const SLICE_BYTES = 8 << 20;
-/** Bytes handed to the queue before waiting for it: Dawn keeps a copy of each until the GPU has taken it. */
-const IN_FLIGHT_BYTES = 64 << 20;
 
 /** One transformer block's parameters under their checkpoint names. */
 export interface BlockWeights {
@@ -106,6 +105,7 @@ export async function loadWeights(
     const lm_head = checkpoint.tiedLmHead
       ? wte
       : await loader.table("lm_head.weight", vocabSize, width, elem);
+    loader.finish();
     await gpu.idle();
     return { wte, wpe, blocks, ln_f, lm_head, destroy: () => loader.destroy() };
   } catch (error) {
@@ -120,12 +120,14 @@ class Loader {
   readonly #checkpoint: ResolvedCheckpoint;
   readonly #onProgress: LoadProgress;
   readonly #buffers: GpuBuffer[] = [];
+  /** Until the last of them is loaded. */
+  #uploads: UploadRing | undefined;
   readonly #totalBytes: number;
   #loadedBytes = 0;
-  #inFlightBytes = 0;
 
   constructor(gpu: Gpu, source: WeightSource, checkpoint: ResolvedCheckpoint, onProgress: LoadProgress) {
     this.#gpu = gpu;
+    this.#uploads = new UploadRing(gpu);
     this.#source = source;
     this.#checkpoint = checkpoint;
     this.#onProgress = onProgress;
@@ -163,7 +165,16 @@ class Loader {
     return pieces;
   }
 
+  /** Hands over the last of the weights. */
+  finish(): void {
+    this.#uploads?.flush();
+    this.#uploads?.destroy();
+    this.#uploads = undefined;
+  }
+
   destroy(): void {
+    this.#uploads?.destroy();
+    this.#uploads = undefined;
     for (const buffer of this.#buffers) buffer.destroy();
     this.#buffers.length = 0;
   }
@@ -216,10 +227,10 @@ class Loader {
           : (Math.floor((first + row) / rows.size) + 1) * rows.size;
         const run = Math.min(count, target.end - first, groupEnd - first) - row;
         const part = bytes.subarray(row * storedRowBytes, (row + run) * storedRowBytes);
-        upload(target.buffer, onArrayBuffer(part), target.row * storedRowBytes);
+        await this.#uploads!.write(target.buffer, part, target.row * storedRowBytes);
         row += run;
       }
-      await this.#account(slice.byteLength, bytes.byteLength);
+      this.#account(slice.byteLength);
     }
   }
 
@@ -248,14 +259,9 @@ class Loader {
     }
   }
 
-  async #account(sourceBytes: number, storedBytes: number): Promise<void> {
+  #account(sourceBytes: number): void {
     this.#loadedBytes += sourceBytes;
-    this.#inFlightBytes += storedBytes;
     this.#onProgress(this.#loadedBytes, this.#totalBytes);
-    if (this.#inFlightBytes >= IN_FLIGHT_BYTES) {
-      this.#inFlightBytes = 0;
-      await this.#gpu.idle();
-    }
     this.#gpu.check();
   }
 }
@@ -273,9 +279,4 @@ function padRows(bytes: Uint8Array, columns: Axis, elementBytes: number): Uint8A
     );
   }
   return out;
-}
-
-/** WebGPU does not take views on shared memory, which the types of the conversion allow for: such a one is copied. */
-function onArrayBuffer(bytes: Uint8Array): Uint8Array<ArrayBuffer> {
-  return bytes.buffer instanceof ArrayBuffer ? bytes as Uint8Array<ArrayBuffer> : new Uint8Array(bytes);
 }

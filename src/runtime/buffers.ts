@@ -65,12 +65,24 @@ export class GpuBuffer {
   readonly purpose: Purpose;
   readonly byteLength: number;
 
-  constructor(gpu: Gpu, label: string, purpose: Purpose, byteLength: number, usage: GPUBufferUsageFlags) {
+  constructor(
+    gpu: Gpu,
+    label: string,
+    purpose: Purpose,
+    byteLength: number,
+    usage: GPUBufferUsageFlags,
+    { isMapped = false } = {},
+  ) {
     this.gpu = gpu;
     this.label = label;
     this.purpose = purpose;
     this.byteLength = bufferBytes(byteLength);
-    this.handle = gpu.device.createBuffer({ label, size: this.byteLength, usage });
+    this.handle = gpu.device.createBuffer({
+      label,
+      size: this.byteLength,
+      usage,
+      mappedAtCreation: isMapped,
+    });
     gpu.memory.add(purpose, this.byteLength);
   }
 

@@ -97,7 +97,11 @@ describe("the prompt", () => {
       }],
       ["characters without tokens", ["naïve"], /has no tokens for some characters/],
       ["more tokens than -c", ["-c", "4", "hello"], /longer than the context: 5 tokens, room for 4/],
-      ["more tokens than positions", ["x".repeat(65)], /65 tokens do not fit: the model has 64 positions[^]*--positions interpolate/],
+      [
+        "more tokens than positions",
+        ["x".repeat(65)],
+        /65 tokens do not fit: the model has 64 positions[^]*--positions interpolate/,
+      ],
     ];
   for (const [name, extra, message, options] of cases) {
     test(`${name}: exit code 1`, async () => {

@@ -278,7 +278,11 @@ describe("parseOptions refuses", () => {
     ["a place that is no number", ["score", "a", "--json", "--logits", "1,x"], /not a list of token numbers/],
     ["a negative place", ["score", "a", "--json", "--logits", "-1"], /not a list of token numbers/],
     ["a place left out", ["score", "a", "--json", "--logits", "1,,2"], /not a list of token numbers/],
-    ["a place in scientific notation", ["score", "a", "--json", "--logits", "1e3"], /not a list of token numbers/],
+    [
+      "a place in scientific notation",
+      ["score", "a", "--json", "--logits", "1e3"],
+      /not a list of token numbers/,
+    ],
   ];
   for (const [name, args, message] of cases) {
     test(name, () => {

@@ -52,10 +52,10 @@ describe("chunks", () => {
     test(`of any length give the same bits in ${elem}`, async () => {
       const model = await loadModel(gpu, awkward, { context: 2200, elem });
       const prompt = someIds(2100, VOCAB);
-      expect(model.plan.chunkTokens).toBe(2048);
       const whole = [await model.prefill(prompt), await model.decodeStep(3)];
       // A row's sums do not depend on the rows beside it. None of these leaves a rest so short that other kernels,
       // which add up in another order, would take it.
+      expect(prompt.length % model.plan.chunkTokens).toBeGreaterThan(32);
       for (const chunkTokens of [1000, 256]) {
         model.truncate(0);
         expectSameBits([await model.prefill(prompt, { chunkTokens }), await model.decodeStep(3)], whole);
@@ -159,14 +159,14 @@ describe("a session", () => {
       ) {
         const model = await loadModel(device, awkward, { context: CONTEXT, elem, ...table });
         await session.restore(model.cache, prompt.length);
-        model.cache.advance(prompt.length);
+        model.cache.adopt(prompt.length);
         const continued: Float32Array[] = [await session.logits()];
         for (const id of steps) continued.push(await model.decodeStep(id));
         expectSameBits(continued, unstopped);
 
         model.truncate(0);
         await session.restore(model.cache, common);
-        model.cache.advance(common);
+        model.cache.adopt(common);
         expectSameBits([await model.prefill(rest)], [branch]);
         model.destroy();
       }

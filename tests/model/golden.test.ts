@@ -4,6 +4,8 @@ import {
   type AccuracyRow,
   greedyAccuracy,
   greedyGapTolerance,
+  PERPLEXITY_BOUNDS,
+  perplexityAccuracy,
   promptAccuracy,
   shortAccuracy,
   syntheticAccuracy,
@@ -32,6 +34,21 @@ for (const elem of testElems(gpu)) {
       expectKept(await promptAccuracy(gpu, elem, 4096));
     }, LONG);
 
+    // On a CPU attention over 16,384 tokens takes a minute: once is enough there.
+    const isSpared = gpu.caps.isSoftware && elem === "f16";
+    const spared = isSpared ? " (needs a GPU: in f32 alone on a CPU)" : "";
+    test.skipIf(isSpared)(`logits and NLL of 16,384 tokens match the reference${spared}`, async () => {
+      expectKept(await promptAccuracy(gpu, elem, 16384));
+    }, LONG);
+
+    const books = gpu.caps.isSoftware ? " (needs a GPU: an hour on a CPU)" : "";
+    test.skipIf(gpu.caps.isSoftware)(`perplexity of six books is the recorded one${books}`, async () => {
+      for (const context of [1024, 4096, 16384] as const) {
+        const { error } = await perplexityAccuracy(gpu, elem, context, 6);
+        expect(error).toBeLessThan(PERPLEXITY_BOUNDS[elem]);
+      }
+    }, LONG);
+
     test(
       "greedy tokens equal the reference's, but for steps where its two best are closer than the tolerance",
       async () => {
@@ -44,7 +61,7 @@ for (const elem of testElems(gpu)) {
     );
   });
 
-  for (const shape of ["gpt2", "gpt2-medium"] as const) {
+  for (const shape of ["gpt2", "gpt2-medium", "gpt2-16k"] as const) {
     const why = gpu.caps.isSoftware ? " (needs a GPU: an hour on a CPU)" : "";
     test.skipIf(gpu.caps.isSoftware)(`${shape} in ${elem} matches the reference${why}`, async () => {
       expectKept(await syntheticAccuracy(gpu, elem, shape));
