@@ -27,7 +27,7 @@ import {
   type MatmulProblem,
   smallMatmulCandidates,
 } from "./matmul/matmul.ts";
-import { nll, type NllProblem } from "./nll/nll.ts";
+import { nllCandidates, type NllProblem } from "./nll/nll.ts";
 import type { HeadRange } from "./shared/shared.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
@@ -92,7 +92,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     combine: decodes.map((v) => op(combineSplits, v)),
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),
-    nll: [op(nll, { lanes: 256 })],
+    nll: nllCandidates(unroll),
   };
 }
 

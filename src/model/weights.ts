@@ -120,6 +120,8 @@ class Loader {
   readonly #checkpoint: ResolvedCheckpoint;
   readonly #onProgress: LoadProgress;
   readonly #buffers: GpuBuffer[] = [];
+  /** Two, used by turns for every tensor: fresh ones for each would wait for the garbage collector by the hundred. */
+  readonly #slices = [new Uint8Array(SLICE_BYTES), new Uint8Array(SLICE_BYTES)];
   /** Until the last of them is loaded. */
   #uploads: UploadRing | undefined;
   readonly #totalBytes: number;
@@ -165,6 +167,12 @@ class Loader {
     return pieces;
   }
 
+  /** Memory for `bytes` source bytes; more than usual for rows larger than a slice. */
+  #slice(turn: number, bytes: number): Uint8Array {
+    if (this.#slices[turn]!.length < bytes) this.#slices[turn] = new Uint8Array(bytes);
+    return this.#slices[turn]!.subarray(0, bytes);
+  }
+
   /** Hands over the last of the weights. */
   finish(): void {
     this.#uploads?.flush();
@@ -202,10 +210,9 @@ class Loader {
     const storedRowBytes = columns.groups * columns.padded * sizeOf(elem);
     const sourceRowBytes = rowElements * STORED_BYTES[info.dtype];
     const sliceRows = Math.max(1, Math.min(rowCount, Math.floor(SLICE_BYTES / sourceRowBytes)));
-    const slices = [new Uint8Array(sliceRows * sourceRowBytes), new Uint8Array(sliceRows * sourceRowBytes)];
 
     const read = async (first: number, turn: number): Promise<Uint8Array> => {
-      const slice = slices[turn % 2]!.subarray(0, Math.min(sliceRows, rowCount - first) * sourceRowBytes);
+      const slice = this.#slice(turn % 2, Math.min(sliceRows, rowCount - first) * sourceRowBytes);
       await this.#source.read(info.name, first * sourceRowBytes, slice);
       return slice;
     };

@@ -4,7 +4,7 @@
  *
  *   bun tests/golden/float64.ts
  *
- * Writes tests/golden/float64.json. One core, some ten minutes, nearly all of it for 16,384 tokens.
+ * Writes tests/golden/float64.json. One core, some forty minutes, nearly all of it for 16,384 tokens.
  */
 import { writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
