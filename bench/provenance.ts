@@ -16,7 +16,10 @@ export interface Provenance {
 /** @param commit the commit measured, where there is no repository to ask */
 export function provenance(commit: string | undefined): Provenance {
   const asked = spawnSync("git", ["rev-parse", "--short", "HEAD"]);
-  const [script = "", ...args] = process.argv.slice(1);
+  const [script = "", ...all] = process.argv.slice(1);
+  // Where the result goes is no part of how it was made.
+  const out = all.indexOf("--out");
+  const args = out < 0 ? all : all.toSpliced(out, 2);
   const folder = basename(dirname(script));
   return {
     runtime: runtimeName(),
