@@ -1,5 +1,6 @@
 /** Parse, run, turn errors into exit codes; nothing else. */
 import process from "node:process";
+import { runBench } from "./src/cli/bench.ts";
 import { runGenerate } from "./src/cli/generate.ts";
 import { runInfo } from "./src/cli/info.ts";
 import { runInspect } from "./src/cli/inspect.ts";
@@ -14,6 +15,8 @@ async function run(options: Options): Promise<number> {
       return await runGenerate(options);
     case "score":
       return await runScore(options);
+    case "bench":
+      return await runBench(options);
     case "info":
       return await runInfo(options);
     case "inspect":

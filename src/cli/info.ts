@@ -59,7 +59,7 @@ async function collect(
     const gpu = await openCommandDevice(options);
     chosen = gpu.caps;
     gpu.destroy();
-    return { ...common, chosen, ...planRun(config, chooseElem(options.dtype, chosen), chosen) };
+    return { ...common, chosen, ...planRun(config, chooseElem(options.dtype, chosen), chosen, options) };
   } catch (error) {
     if (!(error instanceof LongformError)) throw error;
     const { message, hint = null, exitCode } = error;
@@ -68,8 +68,13 @@ async function collect(
   }
 }
 
-function planRun(config: GPT2Config, elem: Elem, caps: Capabilities): RunPlan {
-  const kernels = explainChoices(kernelShape(config, elem, caps), caps);
+function planRun(
+  config: GPT2Config,
+  elem: Elem,
+  caps: Capabilities,
+  options: Pick<InfoOptions, "kernels">,
+): RunPlan {
+  const kernels = explainChoices(kernelShape(config, elem, caps), caps, options.kernels);
   const missing = kernels.filter(({ chosen }) => !chosen);
   const problem = missing.length === 0 ? null : {
     message: `No kernel for this model runs on ${caps.name}: nothing for ${

@@ -114,12 +114,14 @@ export async function loadModel(
 ): Promise<LoadedModel> {
   if (options.verbose > 0) {
     writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
-    writeNote(formatChoices(explainChoices(kernelShape(config, modelOptions.elem, gpu.caps), gpu.caps)));
+    const shape = kernelShape(config, modelOptions.elem, gpu.caps);
+    writeNote(formatChoices(explainChoices(shape, gpu.caps, options.kernels)));
   }
   const profiler = options.profile ? openProfiler(gpu) : undefined;
   const loading = performance.now();
   const model = await Gpt2.load(gpu, source, config, {
     ...modelOptions,
+    kernels: options.kernels,
     profiler,
     onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
   }).finally(() => progress.clear());

@@ -4,6 +4,7 @@
  * converted here, once.
  */
 import { type CAC, cac, type Command } from "cac";
+import { PUBLISHED_SHAPES, type PublishedShape } from "../model/config.ts";
 import type { PositionMode } from "../model/positions.ts";
 import { UsageError } from "../runtime/errors.ts";
 import { writeResult } from "./output.ts";
@@ -28,6 +29,8 @@ export interface RunOptions extends CommonOptions {
   readonly context: number | undefined;
   readonly positions: PositionMode;
   readonly profile: boolean;
+  /** Kernels to run by role, in place of the program's choice. */
+  readonly kernels: ReadonlyMap<string, string>;
 }
 
 export interface GenerateOptions extends RunOptions {
@@ -61,8 +64,21 @@ export interface ScoreOptions extends RunOptions {
   readonly logits: readonly number[];
 }
 
+export interface BenchOptions extends CommonOptions {
+  readonly command: "bench";
+  readonly phases: readonly BenchPhase[];
+  /** Tokens, increasing. */
+  readonly contexts: readonly number[];
+  readonly attention: readonly BenchAttention[];
+  /** A published model's sizes with random weights; undefined for the model of `--model`. */
+  readonly modelShape: PublishedShape | undefined;
+  readonly runs: number;
+  readonly kernels: ReadonlyMap<string, string>;
+}
+
 export interface InfoOptions extends CommonOptions {
   readonly command: "info";
+  readonly kernels: ReadonlyMap<string, string>;
 }
 
 export interface InspectOptions extends CommonOptions {
@@ -70,7 +86,14 @@ export interface InspectOptions extends CommonOptions {
   readonly path: string;
 }
 
-export type Options = GenerateOptions | ScoreOptions | InfoOptions | InspectOptions;
+export type Options = GenerateOptions | ScoreOptions | BenchOptions | InfoOptions | InspectOptions;
+
+const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
+export type BenchPhase = typeof BENCH_PHASES[number];
+const BENCH_ATTENTION = ["flash", "standard"] as const;
+export type BenchAttention = typeof BENCH_ATTENTION[number];
+/** The fewest tokens that `bench` takes for a context: below, nothing is measured but overheads. */
+const LEAST_BENCH_CONTEXT = 16;
 
 type Convert = (text: string, flag: string) => unknown;
 
@@ -126,6 +149,56 @@ const places: Convert = (value, flag) => {
   return [...new Set(list)].sort((a, b) => a - b);
 };
 
+/** `prefill,gemm`: some of the choices, each once. */
+function someOf(...choices: readonly string[]): Convert {
+  return (value, flag) => {
+    const list = value.split(",").map((part) => part.trim());
+    const unknown = list.find((part) => !choices.includes(part));
+    if (unknown !== undefined) {
+      throw new UsageError(
+        `\`${flag} ${value}\` has "${unknown}", which is not one of ${choices.join(", ")}`,
+      );
+    }
+    return [...new Set(list)];
+  };
+}
+
+/** `1k,4k,16k`: contexts in any order. */
+const contexts: Convert = (value, flag) => {
+  const list = value.split(",").map((part) => tokens(part.trim(), flag) as number);
+  const small = list.find((n) => n < LEAST_BENCH_CONTEXT);
+  if (small !== undefined) {
+    throw new UsageError(
+      `\`${flag} ${value}\` is out of range: a context of ${small} is too short to measure`,
+      {
+        hint: `give contexts from ${LEAST_BENCH_CONTEXT} tokens`,
+      },
+    );
+  }
+  return [...new Set(list)].sort((a, b) => a - b);
+};
+
+const attentionKinds: Convert = (value, flag) => {
+  if (value.split(",").some((part) => part.trim() === "sparse")) {
+    throw new UsageError(`\`${flag} ${value}\`: there is no sparse attention in this version`, {
+      hint: `use ${BENCH_ATTENTION.join(" or ")}`,
+    });
+  }
+  return someOf(...BENCH_ATTENTION)(value, flag);
+};
+
+/** `attention=flash_attention/tiled` as a pair. */
+const roleAndKernel: Convert = (value, flag) => {
+  const match = /^([^=]+)=(.+)$/.exec(value);
+  if (!match) {
+    throw new UsageError(
+      `\`${flag} ${value}\` is not a role and a kernel, such as attention=flash_attention/tiled`,
+      { hint: "`longform info` lists roles and kernels" },
+    );
+  }
+  return [match[1]!.trim(), match[2]!.trim()];
+};
+
 const COMMON: readonly OptionSpec[] = [
   {
     flags: "-m, --model <dir>",
@@ -149,6 +222,13 @@ const COMMON: readonly OptionSpec[] = [
   { flags: "-v, --verbose", description: "Say which device and kernels run, and show stack traces" },
 ];
 
+const KERNEL: OptionSpec = {
+  flags: "--kernel <role=kernel>",
+  description: "Run this kernel for a role, as `info` lists them; may be given several times",
+  convert: roleAndKernel,
+  repeatable: true,
+};
+
 /** What the commands that run a model take besides. */
 const RUN: readonly OptionSpec[] = [
   {
@@ -167,6 +247,7 @@ const RUN: readonly OptionSpec[] = [
     convert: oneOf("exact", "interpolate", "repeat"),
   },
   { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
+  KERNEL,
 ];
 
 const COMMANDS = {
@@ -268,11 +349,48 @@ const COMMANDS = {
       "longform score a.txt b.txt --max-tokens 16k --window 1k --json",
     ],
   },
+  bench: {
+    usage: "bench",
+    description: "Measure prefill, decode, attention and matrix products, results checked",
+    positional: { name: "argument", least: 0, most: 0 },
+    options: [
+      {
+        flags: "--phases <list>",
+        description: `What to measure of ${BENCH_PHASES.join(", ")} (default: prefill,attention,gemm)`,
+        convert: someOf(...BENCH_PHASES),
+      },
+      {
+        flags: "--contexts <list>",
+        description: "Lengths to measure at (default: 1k,4k,16k)",
+        convert: contexts,
+      },
+      {
+        flags: "--attention <list>",
+        description: "flash, or standard, which writes all scores to memory (default: flash)",
+        convert: attentionKinds,
+      },
+      {
+        flags: "--model-shape <name>",
+        description: `Sizes of ${Object.keys(PUBLISHED_SHAPES).join(", ")}, with random weights`,
+        convert: oneOf(...Object.keys(PUBLISHED_SHAPES)),
+      },
+      {
+        flags: "--runs <n>",
+        description: "Timed runs of each, after one more (default: 5)",
+        convert: integer(1),
+      },
+      KERNEL,
+    ],
+    examples: [
+      "longform bench",
+      "longform bench --model-shape gpt2 --phases attention --attention flash,standard --contexts 1k,4k,16k,64k",
+    ],
+  },
   info: {
     usage: "info",
     description: "Show adapters, features, limits and the kernels that would run",
     positional: { name: "argument", least: 0, most: 0 },
-    options: [],
+    options: [KERNEL],
     examples: ["longform info", "longform info --json --adapter 1"],
   },
   inspect: {
@@ -480,7 +598,9 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     quiet: get("--quiet") !== 0,
     verbose: get("--verbose") as number,
   };
-  if (name === "info") return { ...common, command: "info" };
+  const kernels = () => new Map(get("--kernel") as [role: string, kernel: string][]);
+  if (name === "info") return { ...common, command: "info", kernels: kernels() };
+  if (name === "bench") return typedBench(common, kernels(), get);
   if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
   const run: RunOptions = {
     ...common,
@@ -488,8 +608,31 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     context: optional("--context"),
     positions: optional<PositionMode>("--positions") ?? "exact",
     profile: get("--profile") !== 0,
+    kernels: kernels(),
   };
   return name === "score" ? typedScore(run, positionals, get) : typedGenerate(run, positionals, get);
+}
+
+function typedBench(
+  common: CommonOptions,
+  kernels: ReadonlyMap<string, string>,
+  get: (flag: string) => unknown,
+): BenchOptions {
+  const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const options: BenchOptions = {
+    ...common,
+    command: "bench",
+    phases: optional<BenchPhase[]>("--phases") ?? ["prefill", "attention", "gemm"],
+    contexts: optional<number[]>("--contexts") ?? [1024, 4096, 16384],
+    attention: optional<BenchAttention[]>("--attention") ?? ["flash"],
+    modelShape: optional<PublishedShape>("--model-shape"),
+    runs: optional("--runs") ?? 5,
+    kernels,
+  };
+  if (options.model !== undefined && options.modelShape !== undefined) {
+    throw new UsageError("There are `--model` and `--model-shape`: give one or the other");
+  }
+  return options;
 }
 
 function typedScore(

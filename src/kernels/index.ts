@@ -4,6 +4,7 @@
  */
 import type { GpuBuffer } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
+import { DoesNotFitError, UsageError } from "../runtime/errors.ts";
 import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
 import type { Recorder } from "../runtime/pass.ts";
 import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
@@ -36,11 +37,13 @@ export interface KernelShape {
   readonly width: number;
   readonly heads: number;
   readonly headDim4: number;
+  /** Width of the MLP's hidden layer, padding included. */
+  readonly inner: number;
   /** Constant trip counts in hot loops: true but for software adapters (`shared/trips.wgsl`). */
   readonly unroll: boolean;
 }
 
-type Role = keyof RoleProblems;
+export type Role = keyof RoleProblems;
 
 /** What the graph asks for, and the problem each role is given. */
 interface RoleProblems {
@@ -68,8 +71,11 @@ interface RoleProblems {
 
 /** For every role the kernels with their variants that could fill it, in order of preference. */
 export function candidates(shape: KernelShape): { readonly [R in Role]: readonly Op<RoleProblems[R]>[] } {
-  const { elem, width, heads, headDim4, unroll } = shape;
+  const { elem, width, heads, headDim4, inner, unroll } = shape;
   const width4 = Math.ceil(width / 4);
+  // Eight f16 are the 16 bytes that tensor-core kernels load at a time.
+  const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 8 === 0);
+  const matmuls = (epilogue: Epilogue) => matmulCandidates(elem, epilogue, unroll, isWide);
   const gemvs = (epilogue: Epilogue) => gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v));
   const decodes = flashDecodeVariants(elem, heads, headDim4, unroll);
   return {
@@ -77,9 +83,9 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     positionRows: [op(positionRows, { elem, width4 })],
     layerNorm: [op(layerNorm, { outElem: elem, width })],
     finalNorm: [op(layerNorm, { outElem: "f32", width })],
-    matmulBias: matmulCandidates(elem, "bias", unroll),
-    matmulBiasGelu: matmulCandidates(elem, "bias_gelu", unroll),
-    matmulResidual: matmulCandidates(elem, "residual", unroll),
+    matmulBias: matmuls("bias"),
+    matmulBiasGelu: matmuls("bias_gelu"),
+    matmulResidual: matmuls("residual"),
     smallMatmulBias: smallMatmulCandidates(elem, "bias", unroll),
     smallMatmulBiasGelu: smallMatmulCandidates(elem, "bias_gelu", unroll),
     smallMatmulResidual: smallMatmulCandidates(elem, "residual", unroll),
@@ -96,6 +102,75 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
   };
 }
 
+/** Kernels by the role that they must fill, in place of the first that the device supports. */
+export type ForcedKernels = ReadonlyMap<string, string>;
+
+/**
+ * The candidates that are left for each role.
+ * @throws UsageError when a kernel is forced that no candidate is, or for a role that there is not
+ */
+function allowedCandidates(
+  shape: KernelShape,
+  forced: ForcedKernels,
+): (readonly [role: string, ops: readonly Op<never>[]])[] {
+  const all: Readonly<Record<string, readonly Op<never>[]>> = candidates(shape);
+  for (const role of forced.keys()) {
+    if (Object.hasOwn(all, role)) continue;
+    throw new UsageError(`There is no role \`${role}\` for a kernel`, {
+      hint: `the roles are ${Object.keys(all).join(", ")}; \`info\` shows what fills them`,
+    });
+  }
+  return Object.entries(all).map(([role, ops]) => {
+    const name = forced.get(role);
+    const named = ops.filter(({ kernel }) => name === undefined || kernel.name === name);
+    if (named.length === 0 && name !== undefined) {
+      throw new UsageError(`There is no kernel \`${name}\` for ${role} in ${shape.elem}`, {
+        hint: `there is ${kernelNames(ops)}`,
+      });
+    }
+    return [role, named] as const;
+  });
+}
+
+function kernelNames(ops: readonly Op<never>[]): string {
+  return [...new Set(ops.map(({ kernel }) => kernel.name))].join(", ") || "none for this model";
+}
+
+/** What runs on a device, by role. */
+export type ChosenKernels = { readonly [R in Role]: Op<RoleProblems[R]> };
+
+/**
+ * The first candidate of each role that the device supports, of those that are allowed.
+ * @throws UsageError for what `forced` names and is not there, DoesNotFitError when the device can run none for a role
+ */
+export function chooseKernels(
+  shape: KernelShape,
+  caps: Capabilities,
+  forced: ForcedKernels = new Map(),
+): ChosenKernels {
+  const chosen = allowedCandidates(shape, forced).map(([role, ops]) => {
+    if (forced.has(role)) requireForced(shape, caps, role as Role, ops);
+    return [role, firstSupported(ops, caps)] as const;
+  });
+  return Object.fromEntries(chosen) as unknown as ChosenKernels;
+}
+
+/** @throws DoesNotFitError naming the kernels that could fill the role, when the device runs none of `ops` */
+function requireForced(
+  shape: KernelShape,
+  caps: Capabilities,
+  role: Role,
+  ops: readonly Op<never>[],
+): void {
+  const verdicts = ops.map(({ kernel, variant }) => supports(kernel, variant, caps));
+  if (verdicts.includes(true)) return;
+  const all: readonly Op<never>[] = candidates(shape)[role];
+  const runnable = all.filter(({ kernel, variant }) => supports(kernel, variant, caps) === true);
+  throw new DoesNotFitError(`${ops[0]!.kernel.name} does not run on ${caps.name}: it ${verdicts[0]}`, {
+    hint: `for ${role} there is ${kernelNames(runnable)}`,
+  });
+}
+
 /** For `info` and `-v`: what would run on a device, and why better candidates would not. */
 export interface Choice {
   readonly role: string;
@@ -108,8 +183,13 @@ export interface Choice {
   }[];
 }
 
-export function explainChoices(shape: KernelShape, caps: Capabilities): Choice[] {
-  return Object.entries(candidates(shape)).map(([role, ops]: [string, readonly Op<never>[]]) => {
+/** @throws UsageError as `chooseKernels` */
+export function explainChoices(
+  shape: KernelShape,
+  caps: Capabilities,
+  forced: ForcedKernels = new Map(),
+): Choice[] {
+  return allowedCandidates(shape, forced).map(([role, ops]) => {
     const rejected: { kernel: string; variant: object; reason: string }[] = [];
     for (const { kernel, variant } of ops) {
       const verdict = supports(kernel, variant, caps);
@@ -165,24 +245,28 @@ const MATMUL_ROLES = {
   residual: { large: "matmulResidual", small: "smallMatmulResidual", one: "gemvResidual" },
 } as const satisfies Record<keyof typeof EPILOGUES, Record<string, Role>>;
 
+/** The role of a matrix product over this many rows. */
+export function matmulRole(epilogue: Epilogue, rows: number) {
+  const { large, small, one } = MATMUL_ROLES[epilogue];
+  return rows === 1 ? one : rows <= SMALL_TILE_ROWS ? small : large;
+}
+
 /** The kernels of one model on one device: chosen and compiled when made, then called by the graph. */
 export class ModelKernels {
   readonly #shape: KernelShape;
-  readonly #chosen: { readonly [R in Role]: Op<RoleProblems[R]> };
+  readonly #chosen: ChosenKernels;
   /** Resolves when every pipeline is compiled. */
   readonly compiled: Promise<void>;
 
   /**
    * Starts compiling all the pipelines at once; weights can load meanwhile.
-   * @throws DoesNotFitError when the device can run none of the candidates for a role
+   * @throws UsageError and DoesNotFitError as `chooseKernels`
    */
-  constructor(gpu: Gpu, shape: KernelShape) {
-    const chosen = Object.entries(candidates(shape)).map(([role, ops]: [string, readonly Op<never>[]]) =>
-      [role, firstSupported(ops, gpu.caps)] as const
-    );
+  constructor(gpu: Gpu, shape: KernelShape, forced?: ForcedKernels) {
     this.#shape = shape;
-    this.#chosen = Object.fromEntries(chosen) as unknown as { [R in Role]: Op<RoleProblems[R]> };
-    const compiling = chosen.map(([, { kernel, variant }]) => gpu.pipelines.prepare(kernel, variant));
+    this.#chosen = chooseKernels(shape, gpu.caps, forced);
+    const chosen: readonly Op<never>[] = Object.values(this.#chosen);
+    const compiling = chosen.map(({ kernel, variant }) => gpu.pipelines.prepare(kernel, variant));
     this.compiled = Promise.all(compiling).then(() => undefined);
     this.compiled.catch(() => {});
   }
@@ -219,9 +303,7 @@ export class ModelKernels {
   matmul(r: Recorder, x: GpuBuffer, layer: Linear, out: GpuBuffer, rows: number, epilogue: Epilogue): void {
     const { w, bias, inner, columns } = layer;
     const buffers = { x, w, bias, out };
-    const problem = { rows, inner, columns };
-    const { large, small, one } = MATMUL_ROLES[epilogue];
-    this.#run(r, rows === 1 ? one : rows <= SMALL_TILE_ROWS ? small : large, problem, buffers);
+    this.#run(r, matmulRole(epilogue, rows), { rows, inner, columns }, buffers);
   }
 
   /** Appends the keys and values in `qkv[tokens, 3, heads, headDim]` to the cache. */

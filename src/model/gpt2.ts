@@ -3,7 +3,7 @@
  * graph in plain loops is in `reference.ts`.
  */
 import { packToken, TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
-import { ModelKernels } from "../kernels/index.ts";
+import { type ForcedKernels, ModelKernels } from "../kernels/index.ts";
 import { KvCache } from "../kvcache/cache.ts";
 import { allocate, type GpuBuffer, OutOfMemoryError, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
@@ -41,6 +41,8 @@ export interface Gpt2Options {
   readonly profiler?: Profiler | undefined;
   /** The KV cache's block table: any permutation of its blocks gives the same results. In order when left out. */
   readonly blockTable?: Uint32Array;
+  /** Kernels to run in place of those that the device would be given. */
+  readonly kernels?: ForcedKernels;
 }
 
 export interface PrefillOptions {
@@ -108,6 +110,7 @@ export class Gpt2 {
 
   /**
    * Loads a checkpoint; pipelines compile while its weights stream to the GPU.
+   * @throws UsageError when `kernels` names what there is not
    * @throws DoesNotFitError with the largest context that fits: before anything is allocated when the plan exceeds what
    * the device says of itself, otherwise when an allocation fails
    */
@@ -117,7 +120,7 @@ export class Gpt2 {
     const planOptions = { ...options, untiedHead: !checkpoint.tiedLmHead };
     const plan = planMemory(config, planOptions, gpu.caps);
     checkFits(config, planOptions, plan, gpu.caps);
-    const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps));
+    const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps), options.kernels);
     const owned: { destroy(): void }[] = [];
     try {
       const cache = await KvCache.create(gpu, plan.kv, options.blockTable);

@@ -4,6 +4,7 @@
  */
 import { TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
 import { decodeSplits } from "../kernels/flash_decode/flash_decode.ts";
+import { ATTENTION_ROWS, takesMatrices } from "../kernels/flash_attention/flash_attention.ts";
 import type { KernelShape } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { headBytes, kvBytesPerToken, type KvCacheShape, type KvLayout, kvLayout } from "../kvcache/layout.ts";
@@ -62,14 +63,14 @@ export function kvShape(config: GPT2Config, elem: Elem): KvCacheShape {
 /** What the kernels need to know of a model on a device. */
 export function kernelShape(config: GPT2Config, elem: Elem, caps: Capabilities): KernelShape {
   const { heads, headDim4 } = kvShape(config, elem);
-  return { elem, width: config.nEmbd, heads, headDim4, unroll: !caps.isSoftware };
+  const { inner } = paddedSizes(config);
+  return { elem, width: config.nEmbd, heads, headDim4, inner, unroll: !caps.isSoftware };
 }
 
 /** The part of a device's capabilities that says what fits. */
-export type MemoryLimits = Pick<
-  Capabilities,
-  "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes"
->;
+export type MemoryLimits =
+  & Pick<Capabilities, "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">
+  & Partial<Pick<Capabilities, "subgroupMatrix">>;
 
 export interface PlanOptions {
   /** Tokens to hold keys and values for. */
@@ -130,7 +131,11 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
   const kv = kvLayout(kvShape(config, elem), context, most);
   const chunkTokens = chooseChunk(config, options, limits);
   const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
-  const activations = planActivations(config, options, { chunkTokens, logitRows, heads: kv.shape.heads });
+  const activations = planActivations(config, options, {
+    chunkTokens,
+    logitRows,
+    queryRows: queryRows(chunkTokens, kv.shape, limits),
+  });
   const buffers = [
     ...planWeights(config, options, most),
     ...planCache(kv),
@@ -177,10 +182,16 @@ function chooseLogitRows({ vocabSize }: GPT2Config, chunkTokens: number, most: n
   return Math.max(1, Math.min(chunkTokens, Math.floor(Math.min(LOGITS_BYTES, most) / (4 * vocabSize))));
 }
 
+/** Rows of the qkv buffer: the tensor-core kernel reads whole tiles of queries. */
+function queryRows(chunkTokens: number, { elem, headDim4 }: KvCacheShape, limits: MemoryLimits): number {
+  const isPadded = limits.subgroupMatrix && takesMatrices(elem, headDim4);
+  return isPadded ? ATTENTION_ROWS * Math.ceil(chunkTokens / ATTENTION_ROWS) : chunkTokens;
+}
+
 function planActivations(
   config: GPT2Config,
   { context, elem, scoring = false }: PlanOptions,
-  { chunkTokens, logitRows, heads }: { chunkTokens: number; logitRows: number; heads: number },
+  { chunkTokens, logitRows, queryRows }: { chunkTokens: number; logitRows: number; queryRows: number },
 ): Readonly<Record<ActivationName, PlannedBuffer>> {
   const { width, headsWidth, inner } = paddedSizes(config);
   const splits = decodeSplits(context);
@@ -191,11 +202,11 @@ function planActivations(
     tokens: buffer("tokens", TOKEN_BYTES * chunkTokens),
     x: buffer("residual stream", 4 * chunkTokens * width),
     normed: buffer("layer norm", stored * chunkTokens * width),
-    qkv: buffer("qkv", stored * chunkTokens * 3 * headsWidth),
+    qkv: buffer("qkv", stored * queryRows * 3 * headsWidth),
     attended: buffer("attention", stored * chunkTokens * headsWidth),
     hidden: buffer("mlp", stored * chunkTokens * inner),
     partialOut: buffer("attention splits", 4 * splits * headsWidth),
-    partialMl: buffer("attention split statistics", 8 * splits * heads),
+    partialMl: buffer("attention split statistics", 8 * splits * config.nHead),
     final: buffer("final layer norm", 4 * logitRows * width),
     logits: buffer("logits", 4 * logitRows * config.vocabSize),
     targets: buffer("targets", 4 * scored),

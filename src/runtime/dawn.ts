@@ -15,6 +15,9 @@ const ENABLED = [
   "allow_unsafe_apis",
   // Dawn blocklists f16 on NVIDIA's Vulkan driver; every kernel is compared with a reference on that driver instead.
   "vulkan_enable_f16_on_nvidia",
+  // Dawn clamps every index into a buffer or array. Without that the kernels run up to three times as fast; none of them
+  // relies on it, and tests look for what is read or written out of bounds (docs/decisions/0006).
+  "disable_robustness",
   // Subgroup matrices need it, and it defines the ordering that workgroup barriers rely on.
   "use_vulkan_memory_model",
 ];

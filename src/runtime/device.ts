@@ -25,6 +25,7 @@ export interface Capabilities {
   /** Lanes of a subgroup; 0 where the device has no subgroups. */
   readonly subgroupMinSize: number;
   readonly subgroupMaxSize: number;
+  /** Multiplies 16×16 matrices of f16 into f32 by subgroups of 32 lanes: tensor cores. */
   readonly subgroupMatrix: boolean;
   /** Memory for all buffers together; undefined where WebGPU does not tell, which is on every GPU. */
   readonly memoryBytes: number | undefined;
@@ -160,6 +161,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
   if (caps.f16) features.push("shader-f16");
   if (caps.timestamps) features.push("timestamp-query");
   if (caps.subgroupMaxSize > 0) features.push("subgroups");
+  if (adapter.features.has(SUBGROUP_MATRIX)) features.push(SUBGROUP_MATRIX);
   const device = await adapter.requestDevice({
     label: "longform",
     requiredFeatures: features,
@@ -292,6 +294,25 @@ function adapterName(adapter: GPUAdapter): string {
   return adapter.info.description || adapter.info.device || adapter.info.vendor || "an unnamed adapter";
 }
 
+/** Experimental, so not in the published types, nor are its configurations. */
+const SUBGROUP_MATRIX = "chromium-experimental-subgroup-matrix" as GPUFeatureName;
+
+interface MatrixConfig {
+  readonly componentType: string;
+  readonly resultComponentType: string;
+  readonly M: number;
+  readonly N: number;
+  readonly K: number;
+}
+
+/** Whether f16 matrices of 16×16 can be multiplied into f32 ones. */
+function hasMatrixConfig(info: GPUAdapterInfo): boolean {
+  const configs = (info as { subgroupMatrixConfigs?: Iterable<MatrixConfig> }).subgroupMatrixConfigs ?? [];
+  return [...configs].some(({ componentType, resultComponentType, M, N, K }) =>
+    componentType === "f16" && resultComponentType === "f32" && M === 16 && N === 16 && K === 16
+  );
+}
+
 function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {}): Capabilities {
   const { info, limits, features } = adapter;
   return Object.freeze({
@@ -304,7 +325,8 @@ function capabilitiesOf(adapter: GPUAdapter, restrict: Partial<Capabilities> = {
     timestamps: features.has("timestamp-query"),
     subgroupMinSize: features.has("subgroups") ? info.subgroupMinSize ?? 0 : 0,
     subgroupMaxSize: features.has("subgroups") ? info.subgroupMaxSize ?? 0 : 0,
-    subgroupMatrix: features.has("chromium-experimental-subgroup-matrix" as GPUFeatureName),
+    subgroupMatrix: features.has(SUBGROUP_MATRIX) && features.has("shader-f16") &&
+      info.subgroupMinSize === 32 && info.subgroupMaxSize === 32 && hasMatrixConfig(info),
     memoryBytes: info.isFallbackAdapter ? hostMemoryBytes() : undefined,
     maxBufferBytes: limits.maxBufferSize,
     maxBindingBytes: limits.maxStorageBufferBindingSize,

@@ -26,6 +26,8 @@ export interface ShaderHeader {
   readonly aliases: Readonly<Record<string, Elem>>;
   /** Lanes of a subgroup where the body uses subgroup operations; the device's must be exactly that many. */
   readonly subgroup?: number;
+  /** The body multiplies 16×16 matrices of f16 into f32 on tensor cores, with subgroups of 32 lanes. */
+  readonly subgroupMatrix?: boolean;
   /** Unsigned compile-time constants: `const TILE_Q = 64u;`. */
   readonly consts: Readonly<Record<string, number>>;
 }
@@ -61,6 +63,9 @@ const NEEDS_F16 = "needs the shader-f16 feature";
  */
 export function supports<V, P>(kernel: Kernel<V, P>, v: V, caps: Capabilities): true | string {
   if (Object.values(kernel.header(v).aliases).includes("f16") && !caps.f16) return NEEDS_F16;
+  if (kernel.header(v).subgroupMatrix && !caps.subgroupMatrix) {
+    return "needs subgroup matrices of 16x16, f16 into f32, and subgroups of 32 lanes";
+  }
   const lanes = kernel.header(v).subgroup;
   if (lanes !== undefined && (caps.subgroupMinSize !== lanes || caps.subgroupMaxSize !== lanes)) {
     return `needs subgroups of ${lanes} lanes, the device has ${describeSubgroups(caps)}`;
@@ -126,10 +131,11 @@ export function firstSupported<P>(candidates: readonly Op<P>[], caps: Capabiliti
 
 /** Renders the header: WGSL in front of the body, complete in itself and readable in a log. */
 export function renderHeader<V, P>(kernel: Kernel<V, P>, v: V): string {
-  const { aliases, consts, subgroup } = kernel.header(v);
+  const { aliases, consts, subgroup, subgroupMatrix } = kernel.header(v);
   const lines: string[] = [];
   if (Object.values(aliases).includes("f16")) lines.push("enable f16;");
-  if (subgroup !== undefined) lines.push("enable subgroups;");
+  if (subgroup !== undefined || subgroupMatrix) lines.push("enable subgroups;");
+  if (subgroupMatrix) lines.push("enable chromium_experimental_subgroup_matrix;");
   lines.push("requires immediate_address_space;");
   if (subgroup !== undefined) lines.push(`const SUBGROUP = ${subgroup}u;`);
   for (const [name, elem] of Object.entries(aliases)) lines.push(`alias ${name} = ${elem};`);

@@ -1,5 +1,10 @@
 import { describe, expect, test } from "bun:test";
-import { type GenerateOptions, parseOptions, type ScoreOptions } from "../../src/cli/options.ts";
+import {
+  type BenchOptions,
+  type GenerateOptions,
+  parseOptions,
+  type ScoreOptions,
+} from "../../src/cli/options.ts";
 import { UsageError } from "../../src/runtime/errors.ts";
 
 function parsed(...args: string[]): GenerateOptions {
@@ -8,6 +13,10 @@ function parsed(...args: string[]): GenerateOptions {
 
 function parsedScore(...args: string[]): ScoreOptions {
   return parseOptions(["score", ...args]) as ScoreOptions;
+}
+
+function parsedBench(...args: string[]): BenchOptions {
+  return parseOptions(["bench", ...args]) as BenchOptions;
 }
 
 function refusal(args: readonly string[]): UsageError {
@@ -48,6 +57,7 @@ describe("parseOptions accepts", () => {
       ignoreEos: false,
       logprobs: undefined,
       profile: false,
+      kernels: new Map(),
     });
   });
 
@@ -181,6 +191,7 @@ describe("parseOptions accepts", () => {
       quiet: false,
       verbose: 0,
       profile: false,
+      kernels: new Map(),
     });
     expect(parsedScore().files).toEqual([]);
     expect(parsedScore("--ids", "ids.json")).toMatchObject({ files: [], ids: "ids.json" });
@@ -210,6 +221,52 @@ describe("parseOptions accepts", () => {
       profile: true,
     });
     expect(parsedScore("a", "--window", "64", "-c", "64").window).toBe(64);
+  });
+
+  test("bench with its defaults", () => {
+    expect(parsedBench()).toEqual({
+      command: "bench",
+      phases: ["prefill", "attention", "gemm"],
+      contexts: [1024, 4096, 16384],
+      attention: ["flash"],
+      modelShape: undefined,
+      runs: 5,
+      kernels: new Map(),
+      model: undefined,
+      dtype: "auto",
+      adapter: undefined,
+      fallbackAdapter: false,
+      json: false,
+      quiet: false,
+      verbose: 0,
+    });
+    expect(Object.isFrozen(parsedBench())).toBe(true);
+  });
+
+  test("bench with every option of its own", () => {
+    expect(
+      parsedBench(
+        ...["--phases", "gemm,decode,gemm", "--contexts", "4K, 64,1k,64", "--attention=standard,flash"],
+        ...["--model-shape", "gpt2-xl", "--runs", "1"],
+      ),
+    ).toMatchObject({
+      phases: ["gemm", "decode"],
+      // In order, each once.
+      contexts: [64, 1024, 4096],
+      attention: ["standard", "flash"],
+      modelShape: "gpt2-xl",
+      runs: 1,
+    });
+    expect(parsedBench("--contexts", "16").contexts).toEqual([16]);
+  });
+
+  test("--kernel several times, the last for a role", () => {
+    const args = ["--kernel", "attention=a/b", "--kernel=lmHeadOne=c", "--kernel", "attention=d"];
+    const kernels = new Map([["attention", "d"], ["lmHeadOne", "c"]]);
+    expect(parsed(...args, "x").kernels).toEqual(kernels);
+    expect(parsedScore(...args, "x").kernels).toEqual(kernels);
+    expect(parsedBench(...args).kernels).toEqual(kernels);
+    expect(parseOptions(["info", ...args])).toMatchObject({ kernels });
   });
 
   test("the other commands", () => {
@@ -278,6 +335,24 @@ describe("parseOptions refuses", () => {
     ["a place that is no number", ["score", "a", "--json", "--logits", "1,x"], /not a list of token numbers/],
     ["a negative place", ["score", "a", "--json", "--logits", "-1"], /not a list of token numbers/],
     ["a place left out", ["score", "a", "--json", "--logits", "1,,2"], /not a list of token numbers/],
+    ["an argument to bench", ["bench", "x"], /does not take "x"/],
+    [
+      "an unknown phase",
+      ["bench", "--phases", "gemm,load"],
+      /`--phases gemm,load` has "load".*prefill, decode/,
+    ],
+    ["no phase", ["bench", "--phases", ""], /has "", which is not one of/],
+    ["a context that is no number", ["bench", "--contexts", "1k,many"], /`--contexts many`/],
+    ["a context that is left out", ["bench", "--contexts", "1k,,2k"], /`--contexts `/],
+    ["a context too short to measure", ["bench", "--contexts", "1k,15"], /a context of 15 is too short/],
+    ["sparse attention", ["bench", "--attention", "flash,sparse"], /no sparse attention in this version/],
+    ["unknown attention", ["bench", "--attention", "linear"], /has "linear", which is not one of flash/],
+    ["an unknown shape", ["bench", "--model-shape", "gpt3"], /`--model-shape gpt3` is not one of distilgpt2/],
+    ["a shape and a model", ["bench", "--model-shape", "gpt2", "-m", "x"], /`--model` and `--model-shape`/],
+    ["--runs 0", ["bench", "--runs", "0"], /`--runs 0`.*whole number from 1/],
+    ["--kernel without a role", ["bench", "--kernel", "matmul/tiled"], /not a role and a kernel/],
+    ["--kernel without a kernel", ["generate", "x", "--kernel", "attention="], /not a role and a kernel/],
+    ["--kernel to inspect", ["inspect", "x", "--kernel", "a=b"], /no option `--kernel`/],
     [
       "a place in scientific notation",
       ["score", "a", "--json", "--logits", "1e3"],

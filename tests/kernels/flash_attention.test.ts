@@ -1,9 +1,11 @@
 import { afterAll, describe, test } from "bun:test";
 import {
+  ATTENTION_ROWS,
   attentionCandidates,
   type FlashAttentionProblem,
   registerTiledAttention,
   registerTiledVariants,
+  subgroupMatrixAttention,
 } from "../../src/kernels/flash_attention/flash_attention.ts";
 import { attentionReference } from "../../src/kernels/flash_attention/reference.ts";
 import { type Elem, type Op, op } from "../../src/runtime/kernel.ts";
@@ -55,7 +57,7 @@ async function runAttention(
   const stride = 4 * Math.ceil(headDim / 4);
   const table = scrambledTable(firstPosition + qLen);
   const tensors: Record<string, Tensor> = {
-    qkv: tensor(elem, thenNan(packQueries(q, shape), 64 * 3 * heads * stride)),
+    qkv: tensor(elem, thenNan(packQueries(q, shape), ATTENTION_ROWS * 3 * heads * stride)),
     block_table: tensor("u32", table),
     out: poison(elem, qLen * heads * stride),
   };
@@ -112,7 +114,9 @@ describe("flash_attention", () => {
       gpu,
       registerTiledVariants(elem, 3, 8, false).map((v) => op(registerTiledAttention, v)),
     );
+    const matrix = runnable(gpu, [op(subgroupMatrixAttention, { heads: 3, subgroups: ATTENTION_ROWS / 32 })]);
     const sized = [
+      ...(elem === "f16" ? matrix : []).map((attention) => ({ c: { attention, elem }, headDim: 64 })),
       ...small.map((c) => ({ c, headDim: 8 })),
       ...larger.map((attention) => ({ c: { attention, elem }, headDim: 32 })),
     ];
@@ -138,6 +142,26 @@ describe("flash_attention", () => {
         const given = randomInputs(shape, elem, 1);
         await expectTenIdenticalRuns(() => runAttention(c, given, shape));
       });
+    }
+    if (elem === "f16") {
+      const skipped = matrix.length === 0 ? ": needs subgroup matrices" : "";
+      test.skipIf(skipped !== "")(
+        `tensor cores rescale their output where scores grow${skipped}`,
+        async () => {
+          const shape = shapeOf(3, 64, 257, 130);
+          const { v } = randomInputs(shape, elem, 3);
+          const noise = normalArray(2, 387 * 192, 0, 0.1);
+          for (const slope of [0.02, -0.02, 0.5, -0.5, 3, -3]) {
+            const along = (rows: number, value: (row: number) => number) =>
+              rounded(
+                noise.subarray(0, rows * 192).map((x, i) => i % 64 ? x : value(Math.floor(i / 192))),
+                elem,
+              );
+            const given = { q: along(257, () => 8), k: along(387, (j) => j * slope), v };
+            for (const attention of matrix) await checkAttention({ attention, elem }, shape, given, true);
+          }
+        },
+      );
     }
     test(`${elem} n=1025 matches the f64 reference`, async () => {
       for (const c of small) await checkAttention(c, shapeOf(3, 8, 1025, 0));

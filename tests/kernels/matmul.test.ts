@@ -6,9 +6,11 @@ import {
   gemvVariants,
   matmulCandidates,
   type MatmulProblem,
+  subgroupMatrixMatmul,
+  subgroupMatrixVariant,
 } from "../../src/kernels/matmul/matmul.ts";
 import { geluNewReference, matmulReference } from "../../src/kernels/matmul/reference.ts";
-import { type Elem, type Op, op } from "../../src/runtime/kernel.ts";
+import { type Elem, type Op, op, supports } from "../../src/runtime/kernel.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
 import {
   eachElem,
@@ -118,7 +120,7 @@ async function checkMatmul(c: Case, given: Inputs): Promise<void> {
 
 /** Kernels for many rows that the device runs, then those for one. */
 function cases(elem: Elem, epilogue: Epilogue, unroll: boolean): Case[] {
-  const many = runnable(gpu, matmulCandidates(elem, epilogue, unroll));
+  const many = runnable(gpu, matmulCandidates(elem, epilogue, unroll, false));
   const one = runnable(gpu, gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v)));
   return [
     ...many.map((matmul) => ({ matmul, elem, epilogue, rows: [1, 7, 8, 9, 17, 63, 64, 65, 97, 257] })),
@@ -142,6 +144,25 @@ describe("matmul", () => {
           }
         });
       }
+    }
+
+    for (const epilogue of epilogues) {
+      const matrix = op(subgroupMatrixMatmul, subgroupMatrixVariant(epilogue));
+      if (elem !== "f16") continue;
+      const verdict = supports(matrix.kernel, matrix.variant, gpu.caps);
+      const c: Case = { matmul: matrix, elem, epilogue, rows: [] };
+      const title = `${titleOf(matrix)} matches the f64 reference at awkward sizes`;
+      test.skipIf(verdict !== true)(verdict === true ? title : `${title}: ${verdict}`, async () => {
+        for (const rows of [1, 33, 63, 64, 65, 127, 128, 129, 257]) {
+          await checkMatmul(c, inputs(elem, { rows, inner: 24, columns: 72 }));
+        }
+        for (const [inner, columns] of [[8, 8], [16, 64], [40, 136], [104, 128], [768, 264]] as const) {
+          await checkMatmul(c, inputs(elem, { rows: 65, inner, columns }));
+        }
+        const large = inputs(elem, { rows: 130, inner: 3072, columns: 136 });
+        await checkMatmul(c, large);
+        await expectTenIdenticalRuns(() => runMatmul(c, large));
+      });
     }
 
     test(`${elem} sums of 3072 and 1025 rows match the f64 reference`, async () => {

@@ -1,7 +1,9 @@
 import { describe, expect, test } from "bun:test";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { copyBytes } from "../../src/kernels/copy/copy.ts";
 import { candidates, type KernelShape } from "../../src/kernels/index.ts";
+import { STANDARD_ATTENTION } from "../../src/kernels/standard_attention/standard_attention.ts";
 import { type Capabilities, openDevice } from "../../src/runtime/device.ts";
 import { ShaderError } from "../../src/runtime/errors.ts";
 import {
@@ -45,16 +47,28 @@ function variantsOf(model: { width: number; heads: number; headDim: number }): K
       width,
       heads,
       headDim4: Math.ceil(headDim / 4),
+      inner: 16 * Math.ceil(width / 4),
       unroll,
     }))
   );
-  return shapes.flatMap((shape) => Object.entries(candidates(shape)) as [string, readonly Op<never>[]][])
+  const inModels = shapes
+    .flatMap((shape) => Object.entries(candidates(shape)) as [string, readonly Op<never>[]][])
     .flatMap(([role, ops]) => ops.map(({ kernel, variant }) => ({ role, kernel, variant })));
+  const inBenchmarks = shapes.flatMap(({ elem, unroll, headDim4 }): KernelVariant[] => [
+    ...STANDARD_ATTENTION.map((kernel) => ({
+      role: "standard attention",
+      kernel,
+      variant: { elem, heads, headDim4, unroll },
+    })),
+    { role: "copy", kernel: copyBytes, variant: {} },
+  ]);
+  return [...inModels, ...inBenchmarks];
 }
 
 /** The null device as if its subgroups had the lanes that a variant needs: compiling does not depend on them. */
 function capsFor(kernel: AnyKernel, variant: object): Capabilities {
-  const lanes = kernel.header(variant).subgroup;
+  const { subgroup: lanes, subgroupMatrix } = kernel.header(variant);
+  if (subgroupMatrix) return { ...gpu.caps, subgroupMatrix: true };
   return lanes === undefined ? gpu.caps : { ...gpu.caps, subgroupMinSize: lanes, subgroupMaxSize: lanes };
 }
 
@@ -106,7 +120,7 @@ function constsOf(kernel: AnyKernel, variant: object): Map<string, string> {
   );
 }
 
-const BYTES_OF: Readonly<Record<string, number>> = { f32: 4, u32: 4, vec2f: 8, vec4f: 16, f16: 2 };
+const BYTES_OF: Readonly<Record<string, number>> = { f32: 4, u32: 4, vec2f: 8, vec4f: 16, vec4u: 16, f16: 2 };
 
 /** Workgroup memory that the text declares, each variable rounded up to 16 bytes as Dawn counts it. */
 function declaredWorkgroupBytes(kernel: AnyKernel, variant: object): number {
@@ -153,6 +167,16 @@ describe("variants on the null backend", () => {
         roles(variants),
       );
     });
+  }
+});
+
+test("kernels for tensor cores are valid on the null backend, whose workgroup memory alone is too small", async () => {
+  const matrix = everyVariant.filter(({ kernel, variant }) => kernel.header(variant).subgroupMatrix);
+  expect(new Set(matrix.map(({ kernel }) => kernel.name)).size).toBe(2);
+  for (const { kernel, variant } of matrix) {
+    const error: unknown = await gpu.pipelines.prepare(kernel, variant).catch((e: unknown) => e);
+    // The module has passed validation, and so has the entry point: this is the last thing that is checked.
+    expect(String(error)).toMatch(/The total use of workgroup storage \(\d+ bytes\) is larger than/);
   }
 });
 

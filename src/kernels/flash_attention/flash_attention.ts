@@ -2,6 +2,8 @@ import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runt
 import { type HeadRange, KV_BLOCK, kvBlocks, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import registerTiledText from "./register_tiled.wgsl" with { type: "text" };
+import subgroupMatrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
+import subgroupMatrixText from "./subgroup_matrix.wgsl" with { type: "text" };
 import subgroupText from "./subgroup.wgsl" with { type: "text" };
 import tiledText from "./tiled.wgsl" with { type: "text" };
 
@@ -43,6 +45,12 @@ export interface RegisterTiledVariant {
   readonly lanes: number;
   /** See `shared/trips.wgsl`. */
   readonly unroll: boolean;
+}
+
+export interface SubgroupMatrixAttentionVariant {
+  readonly heads: number;
+  /** Subgroups of a workgroup, each with 32 queries. */
+  readonly subgroups: number;
 }
 
 export interface SubgroupAttentionVariant {
@@ -129,6 +137,43 @@ export const registerTiledAttention: Kernel<RegisterTiledVariant, FlashAttention
   grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), p.range.heads, 1],
 };
 
+/** Subgroups that share a tile of keys: with two, an H100 was half as fast, and more do not fit 48 KiB. */
+const ATTENTION_SUBGROUPS = 4;
+
+/** Rows of `qkv` that attention may read, past the last query too; what is there is not used. */
+export const ATTENTION_ROWS = 32 * ATTENTION_SUBGROUPS;
+
+/** Whether the kernel for tensor cores is made for such heads. */
+export function takesMatrices(elem: Elem, headDim4: number): boolean {
+  return elem === "f16" && headDim4 === 16;
+}
+
+/** The same on tensor cores, for heads of 64 columns; `qkv` has a multiple of `32 · subgroups` rows. */
+export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, FlashAttentionProblem> = {
+  name: "flash_attention/subgroup_matrix",
+  sources: [
+    { file: "flash_attention/subgroup_matrix_bindings.wgsl", text: subgroupMatrixBindingsText },
+    { file: "flash_attention/subgroup_matrix.wgsl", text: subgroupMatrixText },
+    kvBlocks,
+  ],
+  ...common,
+  header: (v) => ({
+    aliases: { elem: "f16" },
+    subgroupMatrix: true,
+    consts: {
+      HEADS: v.heads,
+      KV_BLOCK,
+      SUBGROUPS: v.subgroups,
+    },
+  }),
+  workgroupBytes: ({ subgroups }) =>
+    16 * 32 * subgroups * 17 + // arena
+    16 * KV_BLOCK * 9 + // v_tile
+    16, // grew
+  workgroupInvocations: (v) => 32 * v.subgroups,
+  grid: (v, p) => [Math.ceil(p.qLen / (32 * v.subgroups)), p.range.heads, 1],
+};
+
 /** The same on software Vulkan. */
 export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionProblem> = {
   name: "flash_attention/subgroup",
@@ -156,6 +201,9 @@ export function attentionCandidates(
   );
   return [
     ...(unroll ? [] : forSoftware),
+    ...(takesMatrices(elem, headDim4)
+      ? [op(subgroupMatrixAttention, { heads, subgroups: ATTENTION_SUBGROUPS })]
+      : []),
     ...registerTiledVariants(elem, heads, headDim4, unroll).map((v) => op(registerTiledAttention, v)),
     ...flashAttentionVariants(elem, heads, headDim4, unroll).map((v) => op(tiledAttention, v)),
   ];

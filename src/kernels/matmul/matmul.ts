@@ -3,6 +3,8 @@ import { tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
+import matrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
+import subgroupMatrixText from "./subgroup_matrix.wgsl" with { type: "text" };
 import subgroupText from "./subgroup.wgsl" with { type: "text" };
 import tiledText from "./tiled.wgsl" with { type: "text" };
 
@@ -45,6 +47,19 @@ export interface SubgroupVariant extends MatmulVariant {
   readonly subgroup: number;
 }
 
+/** A workgroup of `subgroupsM × subgroupsN` subgroups, each with a tile of 64×64. */
+export interface SubgroupMatrixVariant {
+  readonly epilogue: Epilogue;
+  readonly subgroupsM: number;
+  readonly subgroupsN: number;
+  /** Columns of `x` staged at a time; a multiple of 16. */
+  readonly tileInner: number;
+}
+
+const matrixBindings: ShaderFile = {
+  file: "matmul/subgroup_matrix_bindings.wgsl",
+  text: matrixBindingsText,
+};
 const bindings: ShaderFile = { file: "matmul/bindings.wgsl", text: bindingsText };
 const epilogue: ShaderFile = { file: "matmul/epilogue.wgsl", text: epilogueText };
 
@@ -95,6 +110,38 @@ export const gemv: Kernel<GemvVariant, MatmulProblem> = {
   grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), 1, 1],
 };
 
+/** The same on tensor cores, in f16, for widths that are multiples of eight. */
+export const subgroupMatrixMatmul: Kernel<SubgroupMatrixVariant, MatmulProblem> = {
+  name: "matmul/subgroup_matrix",
+  sources: [matrixBindings, epilogue, { file: "matmul/subgroup_matrix.wgsl", text: subgroupMatrixText }],
+  bindings: common.bindings,
+  params: { rows: "u32", inner8: "u32", columns8: "u32" },
+  values: (_, p) => ({ rows: p.rows, inner8: p.inner / 8, columns8: p.columns / 8 }),
+  header: (v) => ({
+    aliases: { elem: "f16", out_elem: v.epilogue === "residual" ? "f32" : "f16" },
+    subgroupMatrix: true,
+    consts: {
+      EPILOGUE: EPILOGUES[v.epilogue],
+      SUBGROUPS_M: v.subgroupsM,
+      SUBGROUPS_N: v.subgroupsN,
+      TILE_INNER: v.tileInner,
+    },
+  }),
+  workgroupBytes(v) {
+    const { rows, columns } = matrixTile(v);
+    return 2 * 16 * (rows * (v.tileInner / 8 + 1) + v.tileInner * (columns / 8 + 1)); // arena
+  },
+  workgroupInvocations: (v) => 32 * v.subgroupsM * v.subgroupsN,
+  grid(v, p) {
+    const { rows, columns } = matrixTile(v);
+    return [Math.ceil(p.columns / columns), Math.ceil(p.rows / rows), 1];
+  },
+};
+
+function matrixTile({ subgroupsM, subgroupsN }: SubgroupMatrixVariant) {
+  return { rows: 64 * subgroupsM, columns: 64 * subgroupsN };
+}
+
 /** The same for any number of rows, on software Vulkan. */
 export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   name: "matmul/subgroup",
@@ -106,20 +153,35 @@ export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   grid: (v, p) => [Math.ceil(p.columns / (4 * v.subgroup)), Math.ceil(p.rows / v.subgroup), 1],
 };
 
-/** Candidates for many rows, in order of preference; `unroll` is false on software adapters only. */
-export function matmulCandidates(elem: Elem, epilogue: Epilogue, unroll: boolean): Op<MatmulProblem>[] {
+/**
+ * Candidates for many rows, in order of preference.
+ * @param unroll false on software adapters only
+ * @param isWide all widths are multiples of eight
+ */
+export function matmulCandidates(
+  elem: Elem,
+  epilogue: Epilogue,
+  unroll: boolean,
+  isWide: boolean,
+): Op<MatmulProblem>[] {
   const forSoftware = [8, 4].map((subgroup) => op(subgroupMatmul, { elem, epilogue, unroll, subgroup }));
   return [
     ...(unroll ? [] : forSoftware),
+    ...(elem === "f16" && isWide ? [op(subgroupMatrixMatmul, subgroupMatrixVariant(epilogue))] : []),
     ...tiledVariants(elem, epilogue, unroll).map((v) => op(tiledMatmul, v)),
   ];
 }
 
 /** Candidates for the few rows of a short prompt, where large tiles would be mostly padding. */
 export function smallMatmulCandidates(elem: Elem, epilogue: Epilogue, unroll: boolean): Op<MatmulProblem>[] {
-  return matmulCandidates(elem, epilogue, unroll).filter(({ variant }) =>
+  return matmulCandidates(elem, epilogue, unroll, false).filter(({ variant }) =>
     !("tileRows" in variant) || (variant as TiledVariant).tileRows <= 16
   );
+}
+
+/** Tiles of 128×128: what an H100 was fastest with (docs/benchmarks.md). */
+export function subgroupMatrixVariant(epilogue: Epilogue): SubgroupMatrixVariant {
+  return { epilogue, subgroupsM: 2, subgroupsN: 2, tileInner: 16 };
 }
 
 /** Tiles in order of preference for many rows. */

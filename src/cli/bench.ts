@@ -1,0 +1,310 @@
+/** `bench`: how fast the kernels and the whole model run on this device, with their results checked. */
+import { chooseKernels, type ChosenKernels, explainChoices } from "../kernels/index.ts";
+import {
+  Benchmark,
+  type Check,
+  CheckFailed,
+  GEMMS,
+  type Measurement,
+  ScoresDoNotFit,
+} from "../model/benchmark.ts";
+import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
+import { Gpt2 } from "../model/gpt2.ts";
+import { kernelShape } from "../model/memory_plan.ts";
+import { openCheckpoint } from "../model/safetensors.ts";
+import { syntheticSource } from "../model/synthetic.ts";
+import { formatBytes } from "../runtime/buffers.ts";
+import type { Gpu } from "../runtime/device.ts";
+import { DoesNotFitError } from "../runtime/errors.ts";
+import type { Elem } from "../runtime/kernel.ts";
+import { formatChoices } from "./info.ts";
+import { abortOnInterrupt, chooseElem, modelFolder, openCommandDevice } from "./load.ts";
+import type { BenchOptions, BenchPhase } from "./options.ts";
+import { ProgressLine, writeJson, writeNote, writeResult } from "./output.ts";
+import { runtimeName, VERSION } from "./version.ts";
+
+/** One measurement, or why there is none. */
+interface BenchRow {
+  readonly phase: BenchPhase;
+  /** What ran; absent for a whole model. */
+  readonly kernel?: string;
+  /** The kind of attention, or the name of the matrix. */
+  readonly variant: string;
+  readonly context: number;
+  readonly dtype: Elem;
+  /** Of a run; of one token for `decode`. */
+  readonly ms: { readonly min: number; readonly median: number; readonly max: number } | null;
+  readonly tokens_per_s: number | null;
+  readonly tflops: number | null;
+  /** Null where the bytes say nothing about the time. */
+  readonly gb_per_s: number | null;
+  /** Of GPU buffers. */
+  readonly peak_bytes: number | null;
+  readonly checked_against?: string;
+  /** As a share of the largest value of its row, as `tolerance` is. */
+  readonly largest_difference?: number;
+  readonly tolerance?: number;
+  readonly error?: string;
+  /** Of the scores that did not fit. */
+  readonly needed_bytes?: number;
+}
+
+/** What `--json` prints. */
+interface BenchReport {
+  readonly adapter: string;
+  readonly driver: string;
+  readonly runtime: string;
+  readonly version: string;
+  readonly model: string;
+  readonly runs: number;
+  /** What times kernels: `gpu` is its timestamps, `wall` where it has none. Whole models are timed by the wall. */
+  readonly kernel_clock: "gpu" | "wall";
+  /** Read and written by a kernel that copies a large buffer; null when it was interrupted. */
+  readonly copy_gb_per_s: number | null;
+  readonly rows: readonly BenchRow[];
+}
+
+/** What is measured, and with what. */
+interface Subject {
+  readonly gpu: Gpu;
+  readonly config: GPT2Config;
+  readonly elem: Elem;
+  readonly chosen: ChosenKernels;
+  readonly options: BenchOptions;
+}
+
+/** Runs the command. @returns 0; 1 when a result was wrong, 4 when a model did not fit, 130 when it was interrupted */
+export async function runBench(options: BenchOptions): Promise<number> {
+  const config = await benchConfig(options);
+  const gpu = await openCommandDevice(options);
+  try {
+    const elem = chooseElem(options.dtype, gpu.caps);
+    const shape = kernelShape(config, elem, gpu.caps);
+    const chosen = chooseKernels(shape, gpu.caps, options.kernels);
+    if (options.verbose > 0) {
+      writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
+      writeNote(formatChoices(explainChoices(shape, gpu.caps, options.kernels)));
+    }
+    return await measureAll({ gpu, config, elem, chosen, options });
+  } finally {
+    gpu.destroy();
+  }
+}
+
+/** The model's sizes; a published shape has positions for the largest context. */
+async function benchConfig(options: BenchOptions): Promise<GPT2Config> {
+  const { modelShape, contexts } = options;
+  if (modelShape === undefined) return await readConfig(modelFolder(options));
+  return { ...PUBLISHED_SHAPES[modelShape], nPositions: Math.max(...contexts) };
+}
+
+async function measureAll(subject: Subject): Promise<number> {
+  const { gpu, config, elem, chosen, options } = subject;
+  const progress = new ProgressLine(options);
+  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const { signal } = controller;
+  const rows: BenchRow[] = [];
+  let copyRate: number | null = null;
+  let exitCode = 0;
+  let current = "";
+  const benchmark = new Benchmark(gpu, config, {
+    elem,
+    chosen,
+    signal,
+    runs: options.runs,
+    onRun: (run) => progress.show(`${current}: run ${run} of ${options.runs}`),
+  });
+  const measure = async (
+    phase: BenchPhase,
+    variant: string,
+    context: number,
+    run: () => Promise<Measurement>,
+  ) => {
+    current = `${phase} ${variant} ${context}`;
+    progress.show(current);
+    const what = { phase, variant, context, dtype: elem };
+    try {
+      rows.push({ ...what, ...figures(await run()) });
+    } catch (error) {
+      if (!(error instanceof DoesNotFitError || error instanceof CheckFailed)) throw error;
+      rows.push({ ...what, ...failure(error) });
+      // Where the textbook runs out of memory is a result.
+      if (!(error instanceof ScoresDoNotFit)) exitCode = Math.max(exitCode, error.exitCode);
+    }
+  };
+  try {
+    current = "copy";
+    copyRate = await benchmark.copyRate();
+    for (const context of options.contexts) {
+      for (const phase of ["attention", "gemm"] as const) {
+        if (!options.phases.includes(phase)) continue;
+        if (phase === "gemm") {
+          for (const name of GEMMS) await measure(phase, name, context, () => benchmark.gemm(name, context));
+          continue;
+        }
+        for (const kind of options.attention) {
+          await measure(
+            phase,
+            kind,
+            context,
+            () => kind === "flash" ? benchmark.flashAttention(context) : benchmark.standardAttention(context),
+          );
+        }
+      }
+      await measureModel(subject, benchmark, context, progress, measure);
+    }
+  } catch (error) {
+    if (!signal.aborted || error !== signal.reason) throw error;
+    exitCode = 130;
+  } finally {
+    stop();
+    progress.clear();
+    benchmark.destroy();
+  }
+  const { name: adapter, driver, timestamps } = gpu.caps;
+  const report: BenchReport = {
+    adapter,
+    driver,
+    runtime: runtimeName(),
+    version: VERSION,
+    model: options.modelShape ? `${options.modelShape}, random weights` : modelFolder(options),
+    runs: options.runs,
+    kernel_clock: timestamps ? "gpu" : "wall",
+    copy_gb_per_s: copyRate === null ? null : copyRate / 1e9,
+    rows: options.phases.flatMap((phase) => rows.filter((row) => row.phase === phase)),
+  };
+  if (options.json) writeJson(report);
+  else writeResult(formatReport(report));
+  return exitCode;
+}
+
+/** Both phases of the whole model: it is loaded once for a context. */
+async function measureModel(
+  { gpu, config, elem, options }: Subject,
+  benchmark: Benchmark,
+  context: number,
+  progress: ProgressLine,
+  measure: (
+    phase: BenchPhase,
+    variant: string,
+    context: number,
+    run: () => Promise<Measurement>,
+  ) => Promise<void>,
+): Promise<void> {
+  const phases = options.phases.filter((phase) => phase === "prefill" || phase === "decode");
+  if (phases.length === 0) return;
+  const source = options.modelShape ? syntheticSource(config) : await openCheckpoint(modelFolder(options));
+  let model: Gpt2 | undefined;
+  try {
+    // Within the measurement: that a model does not fit is what its row says.
+    const loaded = async () =>
+      model ??= await Gpt2.load(gpu, source, config, {
+        context,
+        elem,
+        // Speed does not depend on positions, and lengths beyond the model's are worth measuring.
+        positions: { mode: "repeat", nPositions: config.nPositions, context },
+        kernels: options.kernels,
+        onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
+      });
+    // The cache that a prefill leaves is what decoding continues.
+    for (const phase of ["prefill", "decode"] as const) {
+      if (!phases.includes(phase)) continue;
+      await measure(phase, "flash", context, async () => await benchmark[phase](await loaded(), context));
+    }
+  } finally {
+    model?.destroy();
+    await source.close();
+  }
+}
+
+type Figures = Omit<BenchRow, "phase" | "variant" | "context" | "dtype">;
+
+function figures({ kernel, ms, tokens, flop, bytes, peakBytes, check }: Measurement): Figures {
+  const sorted = [...ms].sort((a, b) => a - b);
+  const [low, high] = [sorted[(sorted.length - 1) >> 1]!, sorted[sorted.length >> 1]!];
+  const median = (low + high) / 2;
+  return {
+    ...(kernel === undefined ? {} : { kernel }),
+    ms: { min: sorted[0]!, median, max: sorted.at(-1)! },
+    tokens_per_s: 1000 * tokens / median,
+    tflops: flop / (median * 1e9),
+    gb_per_s: bytes === undefined ? null : bytes / (median * 1e6),
+    peak_bytes: peakBytes,
+    ...(check ? checked(check) : {}),
+  };
+}
+
+function failure(error: DoesNotFitError | CheckFailed): Figures {
+  const nothing = { ms: null, tokens_per_s: null, tflops: null, gb_per_s: null, peak_bytes: null };
+  const { message } = error;
+  if (error instanceof CheckFailed) {
+    return { kernel: error.kernel, ...nothing, ...checked(error.check), error: message };
+  }
+  return {
+    ...nothing,
+    error: message,
+    ...(error instanceof ScoresDoNotFit ? { needed_bytes: error.neededBytes } : {}),
+  };
+}
+
+function checked(
+  { against, difference, tolerance }: Check,
+): Required<Pick<BenchRow, "checked_against" | "largest_difference" | "tolerance">> {
+  return { checked_against: against, largest_difference: difference, tolerance };
+}
+
+const COLUMNS = ["phase", "variant", "context", "type", "ms", "min to max", "tokens/s", "TFLOP/s", "GB/s"];
+
+function formatReport(report: BenchReport): string {
+  const { adapter, driver, model, runs, copy_gb_per_s: copyRate, rows } = report;
+  const cells = rows.map((row) => [
+    row.phase,
+    row.variant,
+    row.context.toLocaleString("en-US"),
+    row.dtype,
+    ...(row.ms
+      ? [
+        figure(row.ms.median),
+        `${figure(row.ms.min)} to ${figure(row.ms.max)}`,
+        figure(row.tokens_per_s),
+        figure(row.tflops),
+        row.gb_per_s === null || copyRate === null
+          ? "-"
+          : `${figure(row.gb_per_s)} (${(100 * row.gb_per_s / copyRate).toFixed(0)} %)`,
+        row.peak_bytes === null ? "-" : formatBytes(row.peak_bytes),
+        row.kernel ?? "-",
+      ]
+      : []),
+  ]);
+  const header = [...COLUMNS, "memory", "kernel"];
+  const widths = header.map((title, i) => Math.max(title.length, ...cells.map((row) => row[i]?.length ?? 0)));
+  const line = (row: readonly string[]) =>
+    row.map((cell, i) =>
+      [0, 1, header.length - 1].includes(i) ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)
+    ).join("  ");
+  const body = cells.map((row, i) => {
+    const { error } = rows[i]!;
+    return (error === undefined ? line(row) : `${line(row)}  ${error}`).trimEnd();
+  });
+  const checks = rows.filter((row) => row.checked_against !== undefined && row.error === undefined);
+  return [
+    `${adapter} (${driver}), ${model}, ${runs} ${runs === 1 ? "run" : "runs"}`,
+    "",
+    line(header).trimEnd(),
+    ...body,
+    "",
+    ...(copyRate === null
+      ? []
+      : [`a kernel that copies memory: ${figure(copyRate)} GB/s, which percentages are of`]),
+    ...(checks.length === 0
+      ? []
+      : [`${checks.length} of ${rows.length} results agree with another kernel's (--json says which)`]),
+  ].join("\n").trimEnd() + "\n";
+}
+
+/** Four digits, without an exponent. */
+function figure(n: number | null): string {
+  if (n === null) return "-";
+  if (n >= 1000) return Math.round(n).toLocaleString("en-US");
+  return n >= 0.001 ? String(Number(n.toPrecision(4))) : n.toFixed(6);
+}
