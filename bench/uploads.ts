@@ -24,7 +24,7 @@ for (const how of ["writeBuffer", "ring"] as const) {
   for (const sliceBytes of SLICES) {
     const speeds: number[] = [];
     for (let round = 0; round < ROUNDS; round++) {
-      const ring = how === "ring" ? new UploadRing(gpu) : undefined;
+      const ring = how === "ring" ? await UploadRing.create(gpu) : undefined;
       await gpu.idle();
       const starting = performance.now();
       for (let offset = 0; offset < TOTAL; offset += sliceBytes) {

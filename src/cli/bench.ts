@@ -17,10 +17,10 @@ import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { formatChoices } from "./info.ts";
 import { abortOnInterrupt, chooseElem, modelFolder, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeNote, writeResult } from "./output.ts";
+import { formatChoices } from "./report.ts";
 import { runtimeName, VERSION } from "./version.ts";
 
 /** One measurement, or why there is none. */

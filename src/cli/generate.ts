@@ -69,6 +69,8 @@ interface PreparedPrompt {
   readonly bound: number;
   /** How many it has; undefined while the end of a long text is not encoded. */
   readonly promptTokens: () => number | undefined;
+  /** How many of them are known. */
+  readonly knownTokens: () => number;
   /** Milliseconds spent on the prompt's tokens so far. */
   readonly tokenizeMs: () => number | null;
 }
@@ -129,12 +131,16 @@ async function prepare(
     tokens,
     bound,
     promptTokens: () => tokens.isExact ? tokens.bound() : undefined,
+    knownTokens: () => tokens.known,
     tokenizeMs: () => tokens.encodeMs,
   };
 }
 
-function known(ids: readonly number[]): Pick<PreparedPrompt, "tokens" | "bound" | "promptTokens"> {
-  return { tokens: tokensOf(ids), bound: ids.length, promptTokens: () => ids.length };
+function known(
+  ids: readonly number[],
+): Pick<PreparedPrompt, "tokens" | "bound" | "promptTokens" | "knownTokens"> {
+  const count = () => ids.length;
+  return { tokens: tokensOf(ids), bound: ids.length, promptTokens: count, knownTokens: count };
 }
 
 async function runOnDevice(
@@ -171,17 +177,20 @@ async function runOnDevice(
 
 /** Tokens to plan memory for: what was asked for, or what this run can need. */
 function planContext(
-  { config, bound, promptTokens }: PreparedPrompt,
+  { config, bound, promptTokens, knownTokens }: PreparedPrompt,
   options: GenerateOptions,
 ): { context: number; positions: Positions } {
   if (bound === 0) throw new InputError("The prompt is empty: it has no tokens");
   const limit = options.positions === "exact" ? config.nPositions : Infinity;
   const context = options.context ?? Math.min(bound + options.maxTokens, limit);
   const positions = choosePositions(config, options, context);
-  const tokens = promptTokens() ?? 0; // the end of a long text is checked when it is there
-  checkPositions(tokens, positions);
+  // Of a long text only the beginning is encoded yet; the rest is checked when it is there.
+  const isAll = promptTokens() !== undefined;
+  const tokens = knownTokens();
+  checkPositions(tokens, isAll, positions);
   if (tokens > context) {
-    throw new InputError(`The prompt is longer than the context: ${tokens} tokens, room for ${context}`, {
+    const count = `${isAll ? "" : "over "}${tokens} tokens`;
+    throw new InputError(`The prompt is longer than the context: ${count}, room for ${context}`, {
       hint: "shorten the prompt, or plan for more with `--context`",
     });
   }

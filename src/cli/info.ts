@@ -9,6 +9,7 @@ import { adviceFor, describeSubgroups, type Elem } from "../runtime/kernel.ts";
 import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
 import type { InfoOptions } from "./options.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
+import { formatChoices } from "./report.ts";
 import { runtimeName, VERSION } from "./version.ts";
 
 /** What `--json` prints. */
@@ -125,16 +126,4 @@ function formatInfo(report: InfoReport): string {
 
 function yesNo(value: boolean): string {
   return value ? "yes" : "no";
-}
-
-/** One line a role with the variant that runs, then a line for each better one that cannot. */
-export function formatChoices(choices: readonly Choice[]): string {
-  const show = ({ kernel, variant }: { kernel: string; variant: object }) => {
-    const settings = Object.entries(variant).map(([name, value]) => `${name} ${String(value)}`);
-    return `${kernel} (${settings.join(", ")})`;
-  };
-  return choices.flatMap(({ role, chosen, rejected }) => [
-    `  ${role.padEnd(20)} ${chosen ? show(chosen) : "nothing runs here"}`,
-    ...rejected.map((candidate) => `    not ${show(candidate)}: ${candidate.reason}`),
-  ]).join("\n");
 }

@@ -15,9 +15,9 @@ import { openDevice } from "../runtime/device.ts";
 import { DeviceError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { Profiler } from "../runtime/profiler.ts";
-import { formatChoices } from "./info.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
+import { formatChoices } from "./report.ts";
 
 const DEFAULT_MODEL = new URL("../../weights/classics-16k", import.meta.url);
 
@@ -85,9 +85,13 @@ export function choosePositions(
   return { mode: options.positions, nPositions, context };
 }
 
-/** @throws InputError naming `--positions` when a text is longer than the model's positions reach */
-export function checkPositions(tokens: number, positions: Positions): void {
-  if (tokens > positionLimit(positions)) throw tooManyPositions(tokens, positions);
+/**
+ * @param isAll false when the text goes on behind these tokens
+ * @throws InputError naming `--positions` when a text is longer than the model's positions reach
+ */
+export function checkPositions(tokens: number, isAll: boolean, positions: Positions): void {
+  if (tokens <= positionLimit(positions)) return;
+  throw tooManyPositions(`The text, ${isAll ? "" : "over "}${tokens} tokens,`, positions);
 }
 
 export interface ModelOptions {

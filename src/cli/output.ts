@@ -45,9 +45,16 @@ export class JsonArray {
     writeResult((this.#length++ === 0 ? "[\n" : ",\n") + JSON.stringify(element, null, 2));
   }
 
-  /** Closes the array; nothing is printed if nothing was pushed. */
+  /** Closes the array; nothing is printed if nothing was pushed: an error has no results. */
   end(): void {
     if (this.#length > 0) writeResult("\n]\n");
+    this.#length = 0;
+  }
+
+  /** Closes the array, an empty one too: an interruption has results, if none. */
+  endEvenIfEmpty(): void {
+    if (this.#length === 0) writeResult("[]\n");
+    else this.end();
   }
 }
 

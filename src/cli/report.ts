@@ -1,4 +1,5 @@
 /** What every command reports of a run: times, memory, the profile. */
+import type { Choice } from "../kernels/index.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Gpu } from "../runtime/device.ts";
 import type { KernelTime } from "../runtime/profiler.ts";
@@ -48,4 +49,16 @@ export function formatProfile(
   const header = `${"kernel".padEnd(26)} ${"calls".padStart(7)} ${"GPU ms".padStart(12)} ${"%".padStart(6)}`;
   const note = dropped > 0 ? [`${dropped} dispatches were not timed: more than a submission's queries`] : [];
   return [header, ...rows, ...note].join("\n");
+}
+
+/** One line a role with the variant that runs, then a line for each better one that cannot. */
+export function formatChoices(choices: readonly Choice[]): string {
+  const show = ({ kernel, variant }: { kernel: string; variant: object }) => {
+    const settings = Object.entries(variant).map(([name, value]) => `${name} ${String(value)}`);
+    return `${kernel} (${settings.join(", ")})`;
+  };
+  return choices.flatMap(({ role, chosen, rejected }) => [
+    `  ${role.padEnd(20)} ${chosen ? show(chosen) : "nothing runs here"}`,
+    ...rejected.map((candidate) => `    not ${show(candidate)}: ${candidate.reason}`),
+  ]).join("\n");
 }

@@ -1,4 +1,5 @@
 /** `score`: how well a model predicts texts. */
+import { stat } from "node:fs/promises";
 import process from "node:process";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { Positions } from "../model/positions.ts";
@@ -168,9 +169,10 @@ function fileSources(options: ScoreOptions, tokenizer: GPT2Tokenizer): DocumentS
     },
     async sizeBound() {
       if (path === "-" || !tokenizer.encoder().isByteBounded) return Infinity;
-      const input = await openText(path);
-      await input.close();
-      return input.byteLength ?? Infinity;
+      // Opening a pipe would take what is in it.
+      const info = await stat(path).catch(() => undefined);
+      if (!info) await (await openText(path)).close(); // which says what is wrong
+      return info?.isFile() && info.size > 0 ? info.size : Infinity;
     },
   }));
 }
@@ -198,6 +200,8 @@ async function planContext(
   let bound = 0;
   if (single) bound = await single.bound();
   else for (const source of sources) bound = Math.max(bound, await source.sizeBound());
+  const missing = options.logits.find((token) => token >= Math.min(bound, maxTokens));
+  if (single && missing !== undefined) throw noToken(missing, single.name);
   if (bound === 0) throw new InputError("There is nothing to score: the text is empty");
   return context ?? Math.min(limit, bound);
 }
@@ -248,7 +252,10 @@ async function scoreAll(
     }
     return 0;
   } catch (error) {
-    if (controller.signal.aborted && error === controller.signal.reason) return 130;
+    if (controller.signal.aborted && error === controller.signal.reason) {
+      output?.endEvenIfEmpty();
+      return 130;
+    }
     throw error;
   } finally {
     stop();
@@ -271,6 +278,7 @@ async function scoreOne(
   progress: ProgressLine,
 ): Promise<{ score: DocumentScore; report: ScoreReport }> {
   const { maxTokens = Infinity } = options;
+  if (options.json) profiler?.reset(); // each document has its own there
   const nll: (number | null)[] = [];
   const logits: Record<string, number[]> = {};
   const wanted = new Set(options.logits);
@@ -297,9 +305,7 @@ async function scoreOne(
   if (score.tokens === 0) throw new InputError(`There is nothing to score: ${document.name} holds no text`);
   const missing = options.logits.find((token) => token >= score.tokens);
   if (missing !== undefined) {
-    throw new InputError(`There is no token ${missing} in ${document.name}: it has ${score.tokens}, from 0`, {
-      hint: "give `--logits` smaller numbers",
-    });
+    throw noToken(missing, document.name);
   }
   // The first token of each window has no likelihood; a last window of one token ends the list with it.
   while (options.tokenNll && nll.length < score.tokens) nll.push(null);
@@ -323,6 +329,12 @@ async function scoreOne(
     memory: memoryReport(gpu, model),
   };
   return { score, report };
+}
+
+function noToken(token: number, name: string): InputError {
+  return new InputError(`${name} has no token ${token}, counted from 0, that \`--logits\` asks for`, {
+    hint: "give `--logits` smaller numbers",
+  });
 }
 
 /** Appends the likelihoods of the tokens from `first` on; tokens skipped before them have none. */

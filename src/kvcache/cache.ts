@@ -174,7 +174,7 @@ export class KvCache {
   ): Promise<void> {
     let taken = 0;
     for (const segment of this.#segments(layer, which, tokens, byteOffset, bytes.length)) {
-      this.#uploads ??= new UploadRing(this.#gpu);
+      this.#uploads ??= await UploadRing.create(this.#gpu);
       await this.#uploads.write(segment.buffer, bytes.subarray(taken, taken + segment.bytes), segment.offset);
       taken += segment.bytes;
     }

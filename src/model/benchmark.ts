@@ -163,7 +163,8 @@ export class Benchmark {
     const { elem } = this.#options;
     const { inner, columns, epilogue } = this.#gemmSizes(name);
     const role = matmulRole(epilogue, rows);
-    const { chosen, other } = await this.#prepare(role);
+    // Few rows may have one kernel only; those for many rows can do what it does.
+    const { chosen, other } = await this.#prepare(role, matmulRole(epilogue, Infinity));
     const stored: Elem = epilogue === "residual" ? "f32" : elem;
     return await withBuffers(this.#gpu, async (buffer) => {
       const x = await buffer("x", rows * inner * sizeOf(elem));
@@ -359,11 +360,13 @@ export class Benchmark {
     }
   }
 
-  /** The kernel of a role and another to compare it with, compiled. */
-  async #prepare<R extends Role>(role: R) {
+  /** The kernel of a role and another to compare it with, of that role or one alike, compiled. */
+  async #prepare<R extends Role>(role: R, alike: R = role) {
     const { caps, pipelines } = this.#gpu;
     const chosen = this.#options.chosen[role];
-    const other = otherCandidate(candidates(this.#shape)[role] as readonly (typeof chosen)[], chosen, caps);
+    const all = candidates(this.#shape);
+    const others = [...all[role], ...all[alike]] as readonly (typeof chosen)[];
+    const other = otherCandidate(others, chosen, caps);
     await Promise.all([chosen, other].map(({ kernel, variant }) => pipelines.prepare(kernel, variant)));
     return { chosen, other };
   }
@@ -523,12 +526,18 @@ function scoresLabel({ first, heads }: HeadRange): string {
 
 /**
  * What to compare a kernel with: of the candidates that run the last, which is the simplest, if it is another kernel;
- * otherwise another kernel, or at least another variant, or itself where there is no other.
+ * otherwise another kernel, or at least another variant.
+ * @throws DoesNotFitError where there is no other: an unchecked result has no speed
  */
 function otherCandidate<P>(all: readonly Op<P>[], chosen: Op<P>, caps: Capabilities): Op<P> {
   const runnable = all.filter(({ kernel, variant }) => supports(kernel, variant, caps) === true);
   return runnable.findLast(({ kernel }) => kernel.name !== chosen.kernel.name) ??
-    runnable.findLast(({ variant }) => JSON.stringify(variant) !== JSON.stringify(chosen.variant)) ?? chosen;
+    runnable.findLast(({ variant }) => JSON.stringify(variant) !== JSON.stringify(chosen.variant)) ??
+    fail(`There is no other kernel on ${caps.name} to compare ${chosen.kernel.name} with`);
+}
+
+function fail(message: string): never {
+  throw new DoesNotFitError(message, { hint: "use a larger context" });
 }
 
 /** The other kernel's name, with what sets it apart where that is the same. */

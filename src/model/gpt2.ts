@@ -131,11 +131,15 @@ export class Gpt2 {
         owned.push(buffer);
         activations[name as ActivationName] = buffer;
       }
-      const readbacks: [Readback, ...Readback[]] = [new Readback(gpu, "logits", 4 * config.vocabSize)];
+      const readback = (label: string, bytes: number) => {
+        const made = new Readback(gpu, label, bytes);
+        owned.push(made);
+        return made;
+      };
+      const readbacks: [Readback, ...Readback[]] = [readback("logits", 4 * config.vocabSize)];
       for (let turn = 0; options.scoring && turn < 2; turn++) {
-        readbacks.push(new Readback(gpu, "negative log-likelihoods", 4 * plan.chunkTokens));
+        readbacks.push(readback("negative log-likelihoods", 4 * plan.chunkTokens));
       }
-      owned.push(...readbacks);
       const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
       owned.push(weights);
       await kernels.compiled;
@@ -180,11 +184,14 @@ export class Gpt2 {
   /** @throws InputError when the sequence cannot have `end` tokens */
   checkRoom(end: number): void {
     const limit = positionLimit(this.#positions);
-    if (end > limit) throw tooManyPositions(end, this.#positions);
+    if (end > limit) throw tooManyPositions("The text", this.#positions);
     if (end > this.#plan.context) {
-      throw new InputError(`${end} tokens do not fit: this run has room for ${this.#plan.context}`, {
-        hint: "plan for more tokens with `--context`",
-      });
+      throw new InputError(
+        `The text is longer than the ${this.#plan.context} tokens that this run has room for`,
+        {
+          hint: "shorten the text, or plan for more with `--context`",
+        },
+      );
     }
   }
 
@@ -203,7 +210,7 @@ export class Gpt2 {
     const scores = options.onNll || options.onLogits
       ? new PrefillScores(this.#nllReadbacks, options)
       : undefined;
-    let chunk = await source.take(chunkTokens);
+    let chunk = await takeUnlessAborted(source, chunkTokens, options.signal);
     if (chunk.length === 0) throw new InputError("There are no tokens to run");
     let done = 0;
     let submitted: Promise<void> | undefined;
@@ -214,7 +221,8 @@ export class Gpt2 {
       this.#recordLayers(r, chunk.length);
       r.submit();
       await this.#profiler?.collect();
-      const next = await source.take(chunkTokens);
+      const next = await takeUnlessAborted(source, chunkTokens, options.signal);
+      if (next.length > 0) this.#checkId(next[0]!, this.#cache.length);
       if (scores) await this.#score(scores, done, chunk, next[0]);
       const tokensRun = chunk.length;
       if (next.length === 0) break;
@@ -266,15 +274,16 @@ export class Gpt2 {
     this.checkRoom(first + ids.length);
     const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * ids.length));
     for (let t = 0; t < ids.length; t++) {
-      const id = ids[t]!;
-      if (!(Number.isInteger(id) && id >= 0 && id < this.config.vocabSize)) {
-        throw new InputError(
-          `Token ${first + t} is ${id}, the model's ids go from 0 to ${this.config.vocabSize - 1}`,
-        );
-      }
-      packToken(packed, t, id, positionPlace(this.#positions, first + t));
+      this.#checkId(ids[t]!, first + t);
+      packToken(packed, t, ids[t]!, positionPlace(this.#positions, first + t));
     }
     upload(this.#activations.tokens, packed);
+  }
+
+  #checkId(id: number, position: number): void {
+    const { vocabSize } = this.config;
+    if (Number.isInteger(id) && id >= 0 && id < vocabSize) return;
+    throw new InputError(`Token ${position} is ${id}, the model's ids go from 0 to ${vocabSize - 1}`);
   }
 
   /** The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`. */
@@ -345,17 +354,13 @@ export class Gpt2 {
       kernels.finalNorm(r, x, ln_f, final, row, rows);
       kernels.lmHead(r, final, lm_head, logits, { rows, vocab });
       if (scores.wantsNll) kernels.nll(r, logits, targets, nll, { rows, vocab, firstRow: row });
-      if (wanted.length === 0) continue;
-      const readback = new Readback(this.#gpu, "logits of many rows", 4 * wanted.length * vocab);
-      try {
-        wanted.forEach((w, i) => r.copy(logits, 4 * w * vocab, readback, 4 * i * vocab, 4 * vocab));
+      for (const one of wanted) {
+        r.copy(logits, 4 * one * vocab, this.#logitsReadback, 0, 4 * vocab);
         r.submit();
-        scores.showLogits(first + row, wanted, new Float32Array(await readback.read()), vocab);
-      } finally {
-        readback.destroy();
+        scores.showLogits(first + row + one, new Float32Array(await this.#logitsReadback.read()));
+        await this.#profiler?.collect();
+        r = this.#recorder("score");
       }
-      await this.#profiler?.collect();
-      r = this.#recorder("score");
     }
     const readback = scores.wantsNll && scored > 0 ? scores.nextReadback(first + 1, scored) : undefined;
     if (readback) r.copy(nll, 0, readback, 0, 4 * scored);
@@ -370,18 +375,34 @@ export class Gpt2 {
 }
 
 /** What is said of a text beyond the positions, here and before anything runs. */
-export function tooManyPositions(tokens: number, { mode, nPositions, context }: Positions): InputError {
+export function tooManyPositions(text: string, { mode, nPositions, context }: Positions): InputError {
   return mode === "interpolate"
-    ? new InputError(
-      `${tokens} tokens do not fit: positions are interpolated for ${Math.max(nPositions, context)}`,
-      {
-        hint: "plan for more tokens with `--context`",
-      },
-    )
-    : new InputError(`${tokens} tokens do not fit: the model has ${nPositions} positions`, {
-      hint:
-        "shorten the text, or go beyond with `--positions interpolate` or `--positions repeat`, at a loss",
+    ? new InputError(`${text} is longer than the ${Math.max(nPositions, context)} positions of this run`, {
+      hint: "shorten it, or plan for more tokens with `--context`",
+    })
+    : new InputError(`${text} is longer than the model's ${nPositions} positions`, {
+      hint: "shorten it, or go beyond with `--positions interpolate` or `--positions repeat`, at a loss",
     });
+}
+
+/** The next tokens, unless the signal comes first: a pipe may not deliver for hours. */
+async function takeUnlessAborted(
+  source: TokenSource,
+  most: number,
+  signal: AbortSignal | undefined,
+): Promise<Uint32Array> {
+  signal?.throwIfAborted();
+  const taking = source.take(most);
+  if (!signal) return await taking;
+  taking.catch(() => {}); // what fails after the signal has no one to tell
+  let abort = () => {};
+  const aborted = new Promise<never>((_, reject) => abort = () => reject(signal.reason));
+  signal.addEventListener("abort", abort);
+  try {
+    return await Promise.race([taking, aborted]);
+  } finally {
+    signal.removeEventListener("abort", abort);
+  }
 }
 
 /** What the caller of `prefill` asked to see of each token, and the likelihoods that are still on their way. */
@@ -410,8 +431,8 @@ class PrefillScores {
     return Array.from({ length: rows }, (_, r) => r).filter((r) => wantsLogits(first + r));
   }
 
-  showLogits(first: number, rows: readonly number[], logits: Float32Array, vocab: number): void {
-    rows.forEach((row, i) => this.#options.onLogits?.(first + row, logits.slice(i * vocab, (i + 1) * vocab)));
+  showLogits(token: number, logits: Float32Array): void {
+    this.#options.onLogits?.(token, logits);
   }
 
   /** Where to copy `count` likelihoods to, those of the tokens from `first` on. */

@@ -167,7 +167,10 @@ function chooseChunk(config: GPT2Config, options: PlanOptions, limits: MemoryLim
   let chunk = LEAST_CHUNK_TOKENS;
   while (chunk < longest && chunk < context / 4) chunk *= 2;
   chunk = options.chunkTokens ?? chunk;
-  while (chunk > SMALLEST_CHUNK_TOKENS && chunk * widest > mostBytes(limits)) {
+  const shape = kvShape(config, elem);
+  const bytes = (tokens: number) =>
+    Math.max(tokens * widest, queryRows(tokens, shape, limits) * 3 * headsWidth * sizeOf(elem));
+  while (chunk > SMALLEST_CHUNK_TOKENS && bytes(chunk) > mostBytes(limits)) {
     chunk = Math.ceil(chunk / 2);
   }
   return Math.min(context, chunk);

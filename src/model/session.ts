@@ -247,7 +247,7 @@ export class Session {
     if (positions !== run.positions) {
       const [saved, here] = [quoteName(positions), quoteName(run.positions)];
       throw new ModelError(`${path} was saved with the positions ${saved}, this run has ${here}`, {
-        hint: "map positions as they were when it was saved, or use another file",
+        hint: `use ${positionFlags(positions)} as it was saved with, or another file`,
       });
     }
     // The fingerprint covers the sizes: they differ only in a file that was tampered with.
@@ -308,6 +308,14 @@ export class Session {
     }
     requireChecksum(this.#source, this.#checksums, name, crc);
   }
+}
+
+/** The options that map positions as these words say, which are `describePositions`'. */
+function positionFlags(positions: string): string {
+  const [mode = "exact", , , context] = positions.split(" ");
+  return mode === "interpolate"
+    ? `\`--positions interpolate --context ${context}\``
+    : `\`--positions ${mode}\``;
 }
 
 const ANOTHER_FILE = "use another file";

@@ -77,6 +77,11 @@ export class TextTokens implements TokenSource {
     return this.#known + this.#encoder.heldBytes + this.#totalBytes - this.#encoder.pushedBytes;
   }
 
+  /** Tokens that are known so far, taken ones included. */
+  get known(): number {
+    return this.#known;
+  }
+
   /** The number of tokens, judged by the text so far while it has not ended; undefined where its size is not known. */
   estimate(): number | undefined {
     if (this.#isExact) return this.#known;

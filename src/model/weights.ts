@@ -67,7 +67,7 @@ export async function loadWeights(
   elem: Elem,
   onProgress: LoadProgress = () => {},
 ): Promise<Gpt2Weights> {
-  const loader = new Loader(gpu, source, checkpoint, onProgress);
+  const loader = new Loader(gpu, await UploadRing.create(gpu), source, checkpoint, onProgress);
   const { nEmbd, nHead, headDim, nInner, layerNormEpsilon, nLayer, vocabSize, nPositions } = config;
   const padded = paddedSizes(config);
   const width = axis(nEmbd, padded.width);
@@ -127,9 +127,15 @@ class Loader {
   readonly #totalBytes: number;
   #loadedBytes = 0;
 
-  constructor(gpu: Gpu, source: WeightSource, checkpoint: ResolvedCheckpoint, onProgress: LoadProgress) {
+  constructor(
+    gpu: Gpu,
+    uploads: UploadRing,
+    source: WeightSource,
+    checkpoint: ResolvedCheckpoint,
+    onProgress: LoadProgress,
+  ) {
     this.#gpu = gpu;
-    this.#uploads = new UploadRing(gpu);
+    this.#uploads = uploads;
     this.#source = source;
     this.#checkpoint = checkpoint;
     this.#onProgress = onProgress;

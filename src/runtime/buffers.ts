@@ -71,7 +71,6 @@ export class GpuBuffer {
     purpose: Purpose,
     byteLength: number,
     usage: GPUBufferUsageFlags,
-    { isMapped = false } = {},
   ) {
     this.gpu = gpu;
     this.label = label;
@@ -81,7 +80,6 @@ export class GpuBuffer {
       label,
       size: this.byteLength,
       usage,
-      mappedAtCreation: isMapped,
     });
     gpu.memory.add(purpose, this.byteLength);
   }
@@ -121,8 +119,22 @@ export async function allocate(
   byteLength: number,
 ): Promise<GpuBuffer> {
   requireBindable(gpu, label, purpose, byteLength);
+  return await allocateUnbound(gpu, label, purpose, byteLength, storageUsage());
+}
+
+/**
+ * The same for a buffer that no kernel binds.
+ * @throws OutOfMemoryError when the memory is used up
+ */
+export async function allocateUnbound(
+  gpu: Gpu,
+  label: string,
+  purpose: Purpose,
+  byteLength: number,
+  usage: GPUBufferUsageFlags,
+): Promise<GpuBuffer> {
   gpu.device.pushErrorScope("out-of-memory");
-  const buffer = new GpuBuffer(gpu, label, purpose, byteLength, storageUsage());
+  const buffer = new GpuBuffer(gpu, label, purpose, byteLength, usage);
   const error = await gpu.wait(gpu.device.popErrorScope());
   if (!error) return buffer;
   buffer.destroy();

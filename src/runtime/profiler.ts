@@ -73,6 +73,12 @@ export class Profiler {
     this.#names = [];
   }
 
+  /** Forgets the times so far. */
+  reset(): void {
+    this.#totals.clear();
+    this.#dropped = 0;
+  }
+
   /** Kernels by falling share of GPU time, and how many dispatches could not be timed. */
   report(): { kernels: KernelTime[]; dropped: number } {
     const kernels = [...this.#totals].map(([name, total]) => ({ name, ...total }));

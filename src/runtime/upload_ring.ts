@@ -1,5 +1,5 @@
 /** Large uploads: staging memory that stays mapped by turns, filled by the host while the GPU copies out of the rest. */
-import { GpuBuffer } from "./buffers.ts";
+import { allocateUnbound, type GpuBuffer } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
 
 /** Staging buffers of a ring. */
@@ -26,13 +26,27 @@ export class UploadRing {
   #used = 0;
   #copies: { from: number; to: GpuBuffer; offset: number; bytes: number }[] = [];
 
-  constructor(gpu: Gpu) {
+  private constructor(gpu: Gpu, stages: readonly Stage[]) {
     this.#gpu = gpu;
-    this.#stages = Array.from({ length: UPLOAD_STAGES }, (): Stage => {
-      const usage = GPUBufferUsage.MAP_WRITE | GPUBufferUsage.COPY_SRC;
-      const buffer = new GpuBuffer(gpu, "uploads", "staging", UPLOAD_STAGE_BYTES, usage, { isMapped: true });
-      return { buffer, mapped: new Uint8Array(buffer.handle.getMappedRange()), ready: undefined };
-    });
+    this.#stages = stages;
+  }
+
+  /** @throws OutOfMemoryError when the device has no memory for it */
+  static async create(gpu: Gpu): Promise<UploadRing> {
+    const usage = GPUBufferUsage.MAP_WRITE | GPUBufferUsage.COPY_SRC;
+    const stages: Stage[] = [];
+    try {
+      for (let i = 0; i < UPLOAD_STAGES; i++) {
+        const buffer = await allocateUnbound(gpu, "uploads", "staging", UPLOAD_STAGE_BYTES, usage);
+        const ready = buffer.handle.mapAsync(GPUMapMode.WRITE);
+        ready.catch(() => {}); // a ring may be destroyed before it is needed
+        stages.push({ buffer, mapped: undefined, ready });
+      }
+      return new UploadRing(gpu, stages);
+    } catch (error) {
+      for (const { buffer } of stages) buffer.destroy();
+      throw error;
+    }
   }
 
   /** Copies host bytes into a buffer; offset and length are multiples of 4. The bytes may be reused when it resolves. */

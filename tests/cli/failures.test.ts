@@ -100,7 +100,18 @@ describe("the prompt", () => {
       [
         "more tokens than positions",
         ["x".repeat(65)],
-        /65 tokens do not fit: the model has 64 positions[^]*--positions interpolate/,
+        /65 tokens, is longer than the model's 64 positions[^]*--positions interpolate/,
+      ],
+      [
+        // More than is encoded before memory is planned: what is known is enough to refuse it, before any of it runs.
+        "a file of many more tokens than positions",
+        ["-f", written("huge.txt", "word ".repeat(100_000))],
+        /The text, over \d{5,} tokens, is longer than the model's 64 positions/,
+      ],
+      [
+        "a file of many more tokens than -c",
+        ["-f", written("huge2.txt", "word ".repeat(100_000)), "-c", "32", "--positions", "repeat"],
+        /The prompt is longer than the context: over \d{5,} tokens, room for 32/,
       ],
     ];
   for (const [name, extra, message, options] of cases) {

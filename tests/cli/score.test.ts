@@ -291,7 +291,7 @@ describe("score fails", () => {
       "on logits beyond the end",
       [file, "--json", "--logits", "3,28"],
       1,
-      /no token 28 in .*: it has 28, from 0/,
+      /hello\.txt has no token 28, counted from 0/,
     ],
     [
       "on a window beyond the positions",
@@ -318,6 +318,23 @@ describe("score fails", () => {
       expectFailure(await runCli([...base, ...args], options), code, message);
     });
   }
+
+  test("not on a named pipe beside a file: it is opened once, and read to its end", async () => {
+    const pipe = join(folder.path, "pipe");
+    const script = `mkfifo ${pipe}; printf 'hello world' > ${pipe} & "$@"`;
+    const { code, stdout } = await runShell(script, [...base, file, pipe, "--window", "32", "--json"]);
+    expect(code).toBe(0);
+    expect((JSON.parse(stdout) as Report[]).map(({ tokens }) => tokens)).toEqual([28, 11]);
+  });
+
+  test("not with --profile, whose times are each document's own", async () => {
+    const [first, second] = await scored([...base, file, file, "--profile", "-q"]) as (Report & {
+      profile: { name: string; calls: number }[];
+    })[];
+    const calls = ({ profile }: { profile: { name: string; calls: number }[] }) =>
+      profile.map(({ name, calls: n }) => `${name} ${n}`).sort();
+    expect(calls(second!)).toEqual(calls(first!));
+  });
 
   test("on a second file: the first one's result is printed, and is whole", async () => {
     const damaged = written("damaged.txt", Buffer.concat([Buffer.from(TEXT), Uint8Array.of(0xff)]));

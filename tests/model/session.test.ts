@@ -602,7 +602,7 @@ describe("check", () => {
       "mapping of positions",
       { positions: "interpolate 1024 to 4096" },
       `was saved with the positions "exact", this run has "interpolate 1024 to 4096"`,
-      undefined,
+      "use `--positions exact` as it was saved with, or another file",
     ],
     [
       "number of layers",

@@ -168,7 +168,7 @@ export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, Fla
   }),
   workgroupBytes: ({ subgroups }) =>
     16 * 32 * subgroups * 17 + // arena
-    16 * KV_BLOCK * 9 + // v_tile
+    16 * KV_BLOCK * 9 + // kv_tile
     16, // grew
   workgroupInvocations: (v) => 32 * v.subgroups,
   grid: (v, p) => [Math.ceil(p.qLen / (32 * v.subgroups)), p.range.heads, 1],
