@@ -1,5 +1,5 @@
 /** `bench`: how fast the kernels and the whole model run on this device, with their results checked. */
-import { chooseKernels, type ChosenKernels, explainChoices } from "../kernels/index.ts";
+import { chooseKernels, type ChosenKernels } from "../kernels/index.ts";
 import {
   Benchmark,
   type Check,
@@ -17,10 +17,9 @@ import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { abortOnInterrupt, chooseElem, modelFolder, openCommandDevice } from "./load.ts";
+import { abortOnInterrupt, chooseElem, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
-import { ProgressLine, writeJson, writeNote, writeResult } from "./output.ts";
-import { formatChoices } from "./report.ts";
+import { ProgressLine, writeJson, writeResult } from "./output.ts";
 import { runtimeName, VERSION } from "./version.ts";
 
 /** One measurement, or why there is none. */
@@ -79,12 +78,8 @@ export async function runBench(options: BenchOptions): Promise<number> {
   const gpu = await openCommandDevice(options);
   try {
     const elem = chooseElem(options.dtype, gpu.caps);
-    const shape = kernelShape(config, elem, gpu.caps);
-    const chosen = chooseKernels(shape, gpu.caps, options.kernels);
-    if (options.verbose > 0) {
-      writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
-      writeNote(formatChoices(explainChoices(shape, gpu.caps, options.kernels)));
-    }
+    const chosen = chooseKernels(kernelShape(config, elem, gpu.caps), gpu.caps, options.kernels);
+    noteChoices(gpu, config, elem, options);
     return await measureAll({ gpu, config, elem, chosen, options });
   } finally {
     gpu.destroy();

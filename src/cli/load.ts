@@ -94,6 +94,18 @@ export function checkPositions(tokens: number, isAll: boolean, positions: Positi
   throw tooManyPositions(`The text, ${isAll ? "" : "over "}${tokens} tokens,`, positions);
 }
 
+/** Says with `-v` which device and kernels run. */
+export function noteChoices(
+  gpu: Gpu,
+  config: GPT2Config,
+  elem: Elem,
+  { verbose, kernels }: Pick<RunOptions, "verbose" | "kernels">,
+): void {
+  if (verbose === 0) return;
+  writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
+  writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps, kernels)));
+}
+
 export interface ModelOptions {
   readonly elem: Elem;
   readonly context: number;
@@ -107,7 +119,7 @@ export interface LoadedModel {
   readonly profiler: Profiler | undefined;
 }
 
-/** Loads a model as the options ask for it, with progress, and tells what was chosen with `-v`. */
+/** Loads a model as the options ask for it, with progress, and says what was chosen. */
 export async function loadModel(
   gpu: Gpu,
   source: WeightSource,
@@ -116,11 +128,7 @@ export async function loadModel(
   options: RunOptions,
   progress: ProgressLine,
 ): Promise<LoadedModel> {
-  if (options.verbose > 0) {
-    writeNote(`device: ${gpu.caps.name} (${gpu.caps.driver})`);
-    const shape = kernelShape(config, modelOptions.elem, gpu.caps);
-    writeNote(formatChoices(explainChoices(shape, gpu.caps, options.kernels)));
-  }
+  noteChoices(gpu, config, modelOptions.elem, options);
   const profiler = options.profile ? openProfiler(gpu) : undefined;
   const loading = performance.now();
   const model = await Gpt2.load(gpu, source, config, {

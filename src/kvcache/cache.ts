@@ -18,7 +18,7 @@ import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.t
 import type { Gpu } from "../runtime/device.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { UploadRing } from "../runtime/upload_ring.ts";
-import { headBytes, headRowBytes, type KvLayout } from "./layout.ts";
+import { headBytes, headRowBytes, type KvBufferSpec, type KvLayout, partSpecs, tableSpec } from "./layout.ts";
 
 /** Bytes read back at a time. */
 const SLICE_BYTES = 4 << 20;
@@ -63,22 +63,20 @@ export class KvCache {
     const { shape, blocks, ranges } = layout;
     const table = order ?? Uint32Array.from({ length: blocks }, (_, block) => block);
     const created: GpuBuffer[] = [];
-    const buffer = async (label: string, bytes: number) => {
+    const buffer = async ({ label, bytes }: KvBufferSpec) => {
       const made = await allocate(gpu, label, "kv", bytes);
       created.push(made);
       return made;
     };
     try {
-      const tableBuffer = await buffer("block table", 4 * blocks);
+      const tableBuffer = await buffer(tableSpec(layout));
       upload(tableBuffer, table as Uint32Array<ArrayBuffer>);
       const layers: KvView[] = [];
       for (let i = 0; i < shape.layers; i++) {
         const parts: KvBuffers[] = [];
         for (const range of ranges) {
-          const bytes = range.heads * headBytes(layout);
-          const of = ranges.length > 1 ? ` of heads ${range.first} to ${range.first + range.heads - 1}` : "";
-          const k = await buffer(`layer ${i} keys${of}`, bytes);
-          parts.push({ range, k, v: await buffer(`layer ${i} values${of}`, bytes) });
+          const { k, v } = partSpecs(layout, i, range);
+          parts.push({ range, k: await buffer(k), v: await buffer(v) });
         }
         layers.push({ parts, table: tableBuffer, blocks });
       }

@@ -35,6 +35,29 @@ export function headBytes({ shape, blocks }: KvLayout): number {
   return blocks * KV_BLOCK * headRowBytes(shape);
 }
 
+/** A buffer of the cache, as planned and as allocated. */
+export interface KvBufferSpec {
+  readonly label: string;
+  readonly bytes: number;
+}
+
+/** The buffer of the block table. */
+export function tableSpec({ blocks }: KvLayout): KvBufferSpec {
+  return { label: "block table", bytes: 4 * blocks };
+}
+
+/** The buffers of a layer's keys and values for a range of heads. */
+export function partSpecs(
+  layout: KvLayout,
+  layer: number,
+  range: HeadRange,
+): { k: KvBufferSpec; v: KvBufferSpec } {
+  const { first, heads } = range;
+  const of = layout.ranges.length > 1 ? ` of heads ${first} to ${first + heads - 1}` : "";
+  const spec = (what: string) => ({ label: `layer ${layer} ${what}${of}`, bytes: heads * headBytes(layout) });
+  return { k: spec("keys"), v: spec("values") };
+}
+
 /**
  * Room for `context` tokens with as few, evenly filled buffers a layer as `maxBytes` allows.
  * @param maxBytes the most that one buffer may have; a single head may still exceed it, which the memory plan reports

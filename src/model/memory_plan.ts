@@ -7,7 +7,14 @@ import { decodeSplits } from "../kernels/flash_decode/flash_decode.ts";
 import { ATTENTION_ROWS, takesMatrices } from "../kernels/flash_attention/flash_attention.ts";
 import type { KernelShape } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
-import { headBytes, kvBytesPerToken, type KvCacheShape, type KvLayout, kvLayout } from "../kvcache/layout.ts";
+import {
+  kvBytesPerToken,
+  type KvCacheShape,
+  type KvLayout,
+  kvLayout,
+  partSpecs,
+  tableSpec,
+} from "../kvcache/layout.ts";
 import { bufferBytes, formatBytes, type Purpose } from "../runtime/buffers.ts";
 import type { Capabilities } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
@@ -218,18 +225,14 @@ function planActivations(
 }
 
 function planCache(kv: KvLayout): PlannedBuffer[] {
-  const buffers = [planned("block table", "kv", 4 * kv.blocks)];
-  for (let i = 0; i < kv.shape.layers; i++) {
-    for (const { first, heads } of kv.ranges) {
-      const of = kv.ranges.length > 1 ? ` of heads ${first} to ${first + heads - 1}` : "";
-      const bytes = heads * headBytes(kv);
-      buffers.push(
-        planned(`layer ${i} keys${of}`, "kv", bytes),
-        planned(`layer ${i} values${of}`, "kv", bytes),
-      );
+  const specs = [tableSpec(kv)];
+  for (let layer = 0; layer < kv.shape.layers; layer++) {
+    for (const range of kv.ranges) {
+      const { k, v } = partSpecs(kv, layer, range);
+      specs.push(k, v);
     }
   }
-  return buffers;
+  return specs.map(({ label, bytes }) => planned(label, "kv", bytes));
 }
 
 function planStaging(

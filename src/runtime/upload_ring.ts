@@ -17,7 +17,7 @@ interface Stage {
 
 /**
  * Uploads of any size at the speed of memory. `queue.writeBuffer` allocates and clears staging memory for each call: on
- * an H100 it moved 0.9 GB/s where this moves 6 (docs/long_context.md).
+ * an H100 it moved 1 GB/s where this moves 6 (docs/long_context.md).
  */
 export class UploadRing {
   readonly #gpu: Gpu;

@@ -1,18 +1,13 @@
 /** What must hold for any model, shown on small random ones. */
 import { afterAll, describe, expect, test } from "bun:test";
 import { join } from "node:path";
-import { resolveCheckpoint } from "../../src/model/checkpoint.ts";
-import { readConfig } from "../../src/model/config.ts";
-import { Gpt2 } from "../../src/model/gpt2.ts";
-import { readParameters, referenceForward } from "../../src/model/reference.ts";
-import { openCheckpoint } from "../../src/model/safetensors.ts";
-import type { Gpu } from "../../src/runtime/device.ts";
+import { referenceForward } from "../../src/model/reference.ts";
 import { openDevice } from "../../src/runtime/device.ts";
 import { ModelError } from "../../src/runtime/errors.ts";
-import type { Elem } from "../../src/runtime/kernel.ts";
 import { maxAbsDifference, withClassics } from "../support/accuracy.ts";
 import { temporaryFolder, writeTinyCheckpoint } from "../support/checkpoint.ts";
 import { testDevice, testElems } from "../support/device.ts";
+import { loadModel, logitTolerance, readReference, someIds } from "../support/model.ts";
 
 const LONG = 300_000;
 /** Awkward for every tile: one, one less and one more than 64, primes, one more than 1,024. */
@@ -27,43 +22,21 @@ afterAll(() => folder.remove());
 /** Sizes that nothing divides: head_dim 10 and width 30 are padded, an odd vocabulary. */
 const AWKWARD = { nLayer: 2, nHead: 3, nEmbd: 30, nPositions: 1100, vocabSize: 101 };
 
-async function load(device: Gpu, dir: string, elem: Elem, context: number): Promise<Gpt2> {
-  const source = await openCheckpoint(dir);
-  try {
-    return await Gpt2.load(device, source, await readConfig(dir), { context, elem });
-  } finally {
-    await source.close();
-  }
-}
-
-function ids(length: number, vocab: number): number[] {
-  return Array.from({ length }, (_, i) => (7 * i + (i * i) % 13) % vocab);
-}
-
-/** A few stored roundings of logits this large: f32 sums of a few hundred terms, or f16 activations. */
-function tolerance(elem: Elem, logits: ArrayLike<number>): number {
-  const largest = Array.from(logits, Math.abs).reduce((a, b) => Math.max(a, b), 1);
-  return largest * (elem === "f32" ? 2 ** -17 : 2 ** -7);
-}
-
 for (const elem of elems) {
   describe(`in ${elem}`, () => {
     test("logits of every awkward length equal the CPU reference's", async () => {
       const dir = join(root, `awkward-${elem}`);
       await writeTinyCheckpoint(dir, { config: AWKWARD, dtype: "F16", seed: 1 });
-      const config = await readConfig(dir);
-      const source = await openCheckpoint(dir);
-      const parameters = await readParameters(source, resolveCheckpoint(source, config));
-      await source.close();
+      const { config, parameters } = await readReference(dir);
       // Causal: the reference of the longest holds that of all shorter ones.
       const longest = LENGTHS.at(-1)!;
-      const { logits } = referenceForward(parameters, config, ids(longest, config.vocabSize));
-      const model = await load(gpu, dir, elem, longest);
+      const { logits } = referenceForward(parameters, config, someIds(longest, config.vocabSize));
+      const model = await loadModel(gpu, dir, { context: longest, elem });
       for (const length of LENGTHS) {
         model.truncate(0);
-        const got = await model.prefill(ids(length, config.vocabSize));
+        const got = await model.prefill(someIds(length, config.vocabSize));
         const wanted = logits.subarray((length - 1) * config.vocabSize, length * config.vocabSize);
-        expect(maxAbsDifference(got, wanted)).toBeLessThan(tolerance(elem, wanted));
+        expect(maxAbsDifference(got, wanted)).toBeLessThan(logitTolerance(elem, wanted));
       }
       model.destroy();
     }, LONG);
@@ -71,23 +44,23 @@ for (const elem of elems) {
     test("prefill(n) then decode equals prefill(n + 1), and chunks do not matter", async () => {
       await withClassics(gpu, elem, 258, async (model) => {
         for (const length of [1, 64, 257]) {
-          const tokens = ids(length + 1, model.config.vocabSize);
+          const tokens = someIds(length + 1, model.config.vocabSize);
           model.truncate(0);
           const whole = await model.prefill(tokens);
           model.truncate(0);
           await model.prefill(tokens.slice(0, length));
           const stepped = await model.decodeStep(tokens[length]!);
-          expect(maxAbsDifference(stepped, whole)).toBeLessThan(tolerance(elem, whole));
+          expect(maxAbsDifference(stepped, whole)).toBeLessThan(logitTolerance(elem, whole));
           model.truncate(0);
           const chunked = await model.prefill(tokens, { chunkTokens: 50 });
-          expect(maxAbsDifference(chunked, whole)).toBeLessThan(tolerance(elem, whole));
+          expect(maxAbsDifference(chunked, whole)).toBeLessThan(logitTolerance(elem, whole));
         }
       });
     }, LONG);
 
     test("ten runs are bit-identical", async () => {
       await withClassics(gpu, elem, 120, async (model) => {
-        const tokens = ids(97, model.config.vocabSize);
+        const tokens = someIds(97, model.config.vocabSize);
         let first: Float32Array[] | undefined;
         for (let run = 0; run < 10; run++) {
           model.truncate(0);
@@ -105,8 +78,11 @@ test("tables cut into pieces by a small binding limit give the same bits", async
   const dir = join(root, "pieces");
   await writeTinyCheckpoint(dir, { config: AWKWARD, dtype: "F32", seed: 2 });
   const small = await openDevice({ restrict: { maxBindingBytes: 64 * 1024 } });
-  const [whole, pieced] = [await load(gpu, dir, "f32", 40), await load(small, dir, "f32", 40)];
-  const tokens = ids(40, AWKWARD.vocabSize);
+  const [whole, pieced] = [
+    await loadModel(gpu, dir, { context: 40, elem: "f32" }),
+    await loadModel(small, dir, { context: 40, elem: "f32" }),
+  ];
+  const tokens = someIds(40, AWKWARD.vocabSize);
   // wpe is 1100 rows of 32 f32 values: 137 KiB in three pieces.
   expect(maxAbsDifference(await pieced.prefill(tokens), await whole.prefill(tokens))).toBe(0);
   whole.destroy();
@@ -131,7 +107,7 @@ test("a NaN weight is named and nothing stays allocated", async () => {
     inject: { tensor: "h.1.mlp.c_fc.weight", element: 65 },
   });
   const before = gpu.memory.bytes("weights");
-  const error = await load(gpu, dir, "f32", 8).catch((e) => e);
+  const error = await loadModel(gpu, dir, { context: 8, elem: "f32" }).catch((e) => e);
   expect(error).toBeInstanceOf(ModelError);
   expect(error.message).toContain("h.1.mlp.c_fc.weight");
   expect(gpu.memory.bytes("weights")).toBe(before);

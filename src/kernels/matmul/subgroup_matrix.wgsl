@@ -3,7 +3,7 @@
 // TILE_INNER columns of x and rows of w are staged at a time, in two buffers by turns: while the matrices of one are
 // multiplied, the loads of the next are under way. Rows of the stages are padded by 16 bytes, so that the rows of a matrix
 // lie in different banks. The matrices are written out one by one: in arrays that loops index, NVIDIA's driver keeps them
-// in memory and not in registers, at a quarter of the speed.
+// in memory and not in registers, at a third of the speed.
 alias Left = subgroup_matrix_left<f16, 16, 16>;
 alias Right = subgroup_matrix_right<f16, 16, 16>;
 alias Sum = subgroup_matrix_result<f32, 16, 16>;
