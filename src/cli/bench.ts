@@ -6,6 +6,7 @@ import {
   CheckFailed,
   GEMMS,
   type Measurement,
+  type PeakUnit,
   ScoresDoNotFit,
 } from "../model/benchmark.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
@@ -60,6 +61,10 @@ interface BenchReport {
   readonly kernel_clock: "gpu" | "wall";
   /** Read and written by a kernel that copies a large buffer; null when it was interrupted. */
   readonly copy_gb_per_s: number | null;
+  /** Arithmetic from registers, by a kernel that does nothing else; null when it was interrupted. */
+  readonly peak_tflops: number | null;
+  /** What that is of: f16 matrices on tensor cores, or multiply-adds in f32. */
+  readonly peak_unit: PeakUnit;
   readonly rows: readonly BenchRow[];
 }
 
@@ -100,6 +105,7 @@ async function measureAll(subject: Subject): Promise<number> {
   const { signal } = controller;
   const rows: BenchRow[] = [];
   let copyRate: number | null = null;
+  let peakRate: number | null = null;
   let exitCode = 0;
   let current = "";
   const benchmark = new Benchmark(gpu, config, {
@@ -130,6 +136,8 @@ async function measureAll(subject: Subject): Promise<number> {
   try {
     current = "copy";
     copyRate = await benchmark.copyRate();
+    current = "peak";
+    peakRate = await benchmark.peakRate();
     for (const context of options.contexts) {
       for (const phase of ["attention", "gemm"] as const) {
         if (!options.phases.includes(phase)) continue;
@@ -166,6 +174,8 @@ async function measureAll(subject: Subject): Promise<number> {
     runs: options.runs,
     kernel_clock: timestamps ? "gpu" : "wall",
     copy_gb_per_s: copyRate === null ? null : copyRate / 1e9,
+    peak_tflops: peakRate === null ? null : peakRate / 1e12,
+    peak_unit: benchmark.peakUnit,
     rows: options.phases.flatMap((phase) => rows.filter((row) => row.phase === phase)),
   };
   if (options.json) writeJson(report);
@@ -248,10 +258,15 @@ function checked(
   return { checked_against: against, largest_difference: difference, tolerance };
 }
 
+const PEAK_NAMES = {
+  matrix: "matrices multiplied from registers",
+  fma: "multiply-adds from registers",
+} as const satisfies Record<PeakUnit, string>;
+
 const COLUMNS = ["phase", "variant", "context", "type", "ms", "min to max", "tokens/s", "TFLOP/s", "GB/s"];
 
 function formatReport(report: BenchReport): string {
-  const { adapter, driver, model, runs, copy_gb_per_s: copyRate, rows } = report;
+  const { adapter, driver, model, runs, copy_gb_per_s: copyRate, peak_tflops: peakRate, rows } = report;
   const cells = rows.map((row) => [
     row.phase,
     row.variant,
@@ -262,10 +277,8 @@ function formatReport(report: BenchReport): string {
         figure(row.ms.median),
         `${figure(row.ms.min)} to ${figure(row.ms.max)}`,
         figure(row.tokens_per_s),
-        figure(row.tflops),
-        row.gb_per_s === null || copyRate === null
-          ? "-"
-          : `${figure(row.gb_per_s)} (${(100 * row.gb_per_s / copyRate).toFixed(0)} %)`,
+        figureOf(row.tflops, peakRate),
+        figureOf(row.gb_per_s, copyRate),
         row.peak_bytes === null ? "-" : formatBytes(row.peak_bytes),
         row.kernel ?? "-",
       ]
@@ -282,19 +295,28 @@ function formatReport(report: BenchReport): string {
     return (error === undefined ? line(row) : `${line(row)}  ${error}`).trimEnd();
   });
   const checks = rows.filter((row) => row.checked_against !== undefined && row.error === undefined);
+  const references = [
+    ...(copyRate === null ? [] : [`  a kernel that copies memory: ${figure(copyRate)} GB/s`]),
+    ...(peakRate === null ? [] : [`  ${PEAK_NAMES[report.peak_unit]}: ${figure(peakRate)} TFLOP/s`]),
+  ];
   return [
     `${adapter} (${driver}), ${model}, ${runs} ${runs === 1 ? "run" : "runs"}`,
     "",
     line(header).trimEnd(),
     ...body,
     "",
-    ...(copyRate === null
+    ...(references.length === 0
       ? []
-      : [`a kernel that copies memory: ${figure(copyRate)} GB/s, which percentages are of`]),
+      : ["percentages are of what this device did in this run:", ...references]),
     ...(checks.length === 0
       ? []
       : [`${checks.length} of ${rows.length} results agree with another kernel's (--json says which)`]),
   ].join("\n").trimEnd() + "\n";
+}
+
+/** The figure, and its share of what the device can do. */
+function figureOf(n: number | null, most: number | null): string {
+  return n === null || most === null ? figure(n) : `${figure(n)} (${(100 * n / most).toFixed(0)} %)`;
 }
 
 /** Four digits, without an exponent. */

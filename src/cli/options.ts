@@ -376,7 +376,7 @@ const COMMANDS = {
       },
       {
         flags: "--runs <n>",
-        description: "Timed runs of each, after one more (default: 5)",
+        description: "Timed runs of each, after a warm-up (default: 5)",
         convert: integer(1),
       },
       KERNEL,

@@ -73,8 +73,8 @@ interface RoleProblems {
 export function candidates(shape: KernelShape): { readonly [R in Role]: readonly Op<RoleProblems[R]>[] } {
   const { elem, width, heads, headDim4, inner, unroll } = shape;
   const width4 = Math.ceil(width / 4);
-  // Eight f16 are the 16 bytes that tensor-core kernels load at a time.
-  const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 8 === 0);
+  // What tensor-core kernels take.
+  const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 32 === 0);
   const matmuls = (epilogue: Epilogue) => matmulCandidates(elem, epilogue, unroll, isWide);
   const gemvs = (epilogue: Epilogue) => gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v));
   const decodes = flashDecodeVariants(elem, heads, headDim4, unroll);

@@ -13,6 +13,13 @@ import {
   type Role,
 } from "../kernels/index.ts";
 import type { Epilogue, MatmulProblem } from "../kernels/matmul/matmul.ts";
+import {
+  FACTOR_BYTES,
+  fmaPeak,
+  fmaWork,
+  subgroupMatrixPeak,
+  subgroupMatrixWork,
+} from "../kernels/peak/peak.ts";
 import type { HeadRange } from "../kernels/shared/shared.ts";
 import {
   scoreBytes,
@@ -36,7 +43,7 @@ import { fmix32, syntheticPrompt } from "./synthetic.ts";
 export interface BenchmarkOptions {
   readonly elem: Elem;
   readonly chosen: ChosenKernels;
-  /** Timed runs of each measurement, after one that is not timed. */
+  /** Timed runs of each measurement, after a warm-up that is not timed. */
   readonly runs: number;
   /** Ends a measurement between two runs by throwing its reason. */
   readonly signal: AbortSignal;
@@ -101,6 +108,9 @@ export class ScoresDoNotFit extends DoesNotFitError {
 export const GEMMS = ["c_attn", "c_proj", "c_fc", "mlp_c_proj"] as const;
 export type GemmName = typeof GEMMS[number];
 
+/** What a device's arithmetic peak is of: products of f16 matrices on tensor cores, or multiply-adds in f32. */
+export type PeakUnit = "matrix" | "fma";
+
 /**
  * Differences that are allowed between two kernels, as shares of the row's largest value. Of products: four roundings to
  * the stored type, and what thousands of additions in f32 may lose. Of attention: some roundings more, because
@@ -122,6 +132,17 @@ const DECODED_TOKENS = 32;
 /** Bytes to copy: far more than caches hold. */
 const COPIED_BYTES = 256 << 20;
 const SOFTWARE_COPIED_BYTES = 64 << 20;
+/** Kernels run for this long before they are timed; on software adapters once. */
+const WARM_UP_MS = 200;
+/**
+ * Work of one dispatch that measures a peak. A large GPU takes two or three milliseconds for it, and has a hundred
+ * workgroups for each multiprocessor, so that waiting for the last ones does not count.
+ */
+const PEAK_WORK = {
+  matrix: { workgroups: 16_384, trips: 192 },
+  fma: { workgroups: 16_384, trips: 64 },
+} as const satisfies Record<PeakUnit, object>;
+const SOFTWARE_PEAK_WORK = { workgroups: 32, trips: 16 };
 
 /** Measures one model's parts on one device. */
 export class Benchmark {
@@ -156,6 +177,38 @@ export class Benchmark {
       const ms = await this.#time((r) => r.dispatch(copyBytes, variant, { bytes }, { source, out }));
       return 2 * bytes / (Math.min(...ms) / 1000);
     });
+  }
+
+  /** What `peakRate` measures: tensor cores for f16 where the device has them, else f32, as all other arithmetic is. */
+  get peakUnit(): PeakUnit {
+    const { elem } = this.#options;
+    return elem === "f16" && supports(subgroupMatrixPeak, {}, this.#gpu.caps) === true ? "matrix" : "fma";
+  }
+
+  /** Operations a second of arithmetic from registers, a multiply-add being two: the fastest of the runs. */
+  async peakRate(): Promise<number> {
+    const { caps, pipelines } = this.#gpu;
+    const variant = {};
+    const isMatrix = this.peakUnit === "matrix";
+    const work = caps.isSoftware ? SOFTWARE_PEAK_WORK : PEAK_WORK[this.peakUnit];
+    const { flop, outBytes } = isMatrix ? subgroupMatrixWork(work) : fmaWork(work);
+    const ms = await withBuffers(this.#gpu, async (buffer) => {
+      const out = await buffer("results from registers", outBytes);
+      if (!isMatrix) {
+        await pipelines.prepare(fmaPeak, variant);
+        // From x to 1 - x and back: the numbers neither grow nor vanish.
+        const problem = { ...work, factor: -1, addend: 1 };
+        return await this.#time((r) => r.dispatch(fmaPeak, variant, problem, { out }));
+      }
+      await pipelines.prepare(subgroupMatrixPeak, variant);
+      const left = await buffer("left matrices", FACTOR_BYTES);
+      const right = await buffer("right matrices", FACTOR_BYTES);
+      fillRandom(left, "f16", 1);
+      fillRandom(right, "f16", 2);
+      const problem = { ...work, kept: 0 };
+      return await this.#time((r) => r.dispatch(subgroupMatrixPeak, variant, problem, { left, right, out }));
+    });
+    return flop / (Math.min(...ms) / 1000);
   }
 
   /** One of a layer's matrix products over `rows` rows. */
@@ -475,15 +528,22 @@ export class Benchmark {
       });
       return ms / repeats;
     };
-    return await this.#runs(time, (ms) => {
-      repeats = Math.min(MOST_REPEATS, Math.max(1, Math.ceil(LEAST_RUN_MS / ms)));
+    return await this.#runs(time, async () => {
+      // A GPU that has had nothing to do lowers its clock, and takes many milliseconds of work to raise it again: what
+      // is measured before that can be four times too slow.
+      const until = performance.now() + (this.#gpu.caps.isSoftware ? 0 : WARM_UP_MS);
+      do {
+        this.#options.signal.throwIfAborted();
+        const ms = await time();
+        repeats = Math.min(MOST_REPEATS, Math.max(1, Math.ceil(LEAST_RUN_MS / ms)));
+      } while (performance.now() < until);
     });
   }
 
-  /** The results of the timed runs; `onWarm` gets that of the one before. */
-  async #runs(run: () => Promise<number>, onWarm: (ms: number) => void = () => {}): Promise<number[]> {
+  /** The results of the timed runs, after a warm-up: one run more if nothing else. */
+  async #runs(run: () => Promise<number>, warmUp: () => Promise<unknown> = run): Promise<number[]> {
     const { runs, signal, onRun } = this.#options;
-    onWarm(await run());
+    await warmUp();
     const ms: number[] = [];
     for (let i = 1; i <= runs; i++) {
       signal.throwIfAborted();

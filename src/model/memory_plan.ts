@@ -26,8 +26,8 @@ import type { GPT2Config } from "./config.ts";
  * Tokens of a prompt that go through the layers at a time: a quarter of the context between these bounds. Larger chunks
  * fill a GPU better (docs/long_context.md), and a quarter keeps activations far below the cache that grows with them.
  */
-const LEAST_CHUNK_TOKENS = 1024;
-const MOST_CHUNK_TOKENS = 8192;
+const LEAST_CHUNK_TOKENS = 2048;
+const MOST_CHUNK_TOKENS = 16_384;
 /** On a CPU they gain nothing, and a chunk is what an interruption and the progress wait for. */
 const SOFTWARE_CHUNK_TOKENS = 1024;
 /** Fewer than this starve any device; only tiny binding limits lead below the bounds above. */
@@ -171,7 +171,7 @@ function chooseChunk(config: GPT2Config, options: PlanOptions, limits: MemoryLim
   const { width, headsWidth, inner } = paddedSizes(config);
   const widest = Math.max(4 * width, sizeOf(elem) * Math.max(3 * headsWidth, inner), TOKEN_BYTES);
   const longest = limits.isSoftware ? SOFTWARE_CHUNK_TOKENS : MOST_CHUNK_TOKENS;
-  let chunk = LEAST_CHUNK_TOKENS;
+  let chunk = Math.min(LEAST_CHUNK_TOKENS, longest);
   while (chunk < longest && chunk < context / 4) chunk *= 2;
   chunk = options.chunkTokens ?? chunk;
   const shape = kvShape(config, elem);

@@ -39,6 +39,8 @@ interface Report {
   readonly model: string;
   readonly runs: number;
   readonly copy_gb_per_s: number;
+  readonly peak_tflops: number | null;
+  readonly peak_unit: string;
   readonly rows: readonly Row[];
 }
 
@@ -88,11 +90,15 @@ describe("bench", () => {
         "runs",
         "kernel_clock",
         "copy_gb_per_s",
+        "peak_tflops",
+        "peak_unit",
         "rows",
       ],
     ]);
-    expect(report).toMatchObject({ model, runs: 3 });
+    // Tensor cores are for f16 alone.
+    expect(report).toMatchObject({ model, runs: 3, peak_unit: "fma" });
     expect(report.copy_gb_per_s).toBeGreaterThan(0);
+    expect(report.peak_tflops).toBeGreaterThan(0);
     expect(named(report)).toEqual([
       ...["attention standard 64", "attention flash 64", "attention standard 130", "attention flash 130"],
       ...[64, 130].flatMap((n) =>
@@ -144,11 +150,15 @@ describe("bench", () => {
     );
     for (const row of rows) {
       expect(row).toMatch(/^(attention +(flash|standard)|prefill +flash) +64 +f32 +[\d.,]+ /);
+      expect(row).toMatch(/ [\d.,]+ \(\d+ %\) +(-|[\d.,]+ \(\d+ %\)) +[\d.]+ [KM]iB/);
       // Numbers end where their titles do.
       const end = header!.indexOf("context") + "context".length;
       expect(row.slice(end - 3, end)).toBe(" 64");
     }
-    expect(stdout).toMatch(/copies memory: [\d.,]+ GB\/s, .*\n2 of 3 results agree with another kernel's/);
+    expect(stdout).toMatch(
+      /\npercentages are of .*:\n +a kernel that copies memory: [\d.,]+ GB\/s\n +multiply-adds from registers: [\d.,]+ TFLOP\/s\n/,
+    );
+    expect(stdout).toContain("\n2 of 3 results agree with another kernel's");
   });
 
   test("a published shape needs no files, and --kernel is what runs and is checked", async () => {
@@ -226,17 +236,28 @@ describe("bench", () => {
     });
   }
 
-  test("SIGINT ends it with what is done, and exit code 130", async () => {
-    // Copying takes 21 submissions and each attention 25, with its check.
-    const report = await bench(
-      [...base, "--phases", "attention", "--contexts", "64,130", "--runs", "20"],
-      { preload: join(import.meta.dir, "../support/interrupt.ts"), env: { INTERRUPT_AFTER: "60" } },
-      130,
-    );
-    expect(named(report)).toEqual(["attention flash 64"]);
-    report.rows.forEach(expectSane);
-    expect(report.copy_gb_per_s).toBeGreaterThan(0);
-  });
+  // Timed kernels are submitted 21 times at least.
+  for (
+    const { during, done } of [{ during: "peak/fma", done: [] }, { during: "matmul/tiled", done: ["flash"] }]
+  ) {
+    test(`SIGINT during ${during} ends it with what is done, and exit code 130`, async () => {
+      const report = await bench(
+        [
+          ...[...base, "--phases", "attention,gemm", "--contexts", "64", "--runs", "20"],
+          ...["--kernel", "matmulBias=matmul/tiled"],
+        ],
+        {
+          preload: join(import.meta.dir, "../support/interrupt.ts"),
+          env: { INTERRUPT_FROM: during, INTERRUPT_AFTER: "10" },
+        },
+        130,
+      );
+      expect(report.rows.map(({ variant }) => variant)).toEqual(done);
+      report.rows.forEach(expectSane);
+      expect(report.copy_gb_per_s).toBeGreaterThan(0);
+      expect(report.peak_tflops === null).toBe(during === "peak/fma");
+    });
+  }
 
   denoTest("Deno measures the same", async () => {
     const args = [...base, "--phases", "attention,gemm,prefill,decode", "--contexts", "64", "--runs", "1"];

@@ -154,9 +154,9 @@ describe("matmul", () => {
       const title = `${titleOf(matrix)} matches the f64 reference at awkward sizes`;
       test.skipIf(verdict !== true)(verdict === true ? title : `${title}: ${verdict}`, async () => {
         for (const rows of [1, 33, 63, 64, 65, 127, 128, 129, 257]) {
-          await checkMatmul(c, inputs(elem, { rows, inner: 24, columns: 72 }));
+          await checkMatmul(c, inputs(elem, { rows, inner: 96, columns: 72 }));
         }
-        for (const [inner, columns] of [[8, 8], [16, 64], [40, 136], [104, 128], [768, 264]] as const) {
+        for (const [inner, columns] of [[32, 8], [32, 64], [64, 136], [160, 128], [768, 264]] as const) {
           await checkMatmul(c, inputs(elem, { rows: 65, inner, columns }));
         }
         const large = inputs(elem, { rows: 130, inner: 3072, columns: 136 });

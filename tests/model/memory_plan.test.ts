@@ -133,7 +133,7 @@ describe("planMemory", () => {
           );
           const chunks = new Set(plans.map(({ chunkTokens }) => chunkTokens));
           // The lengths of chunks are few: a line has many points.
-          expect(chunks.size).toBeLessThan(isSoftware ? 3 : 6);
+          expect(chunks.size).toBeLessThan(isSoftware ? 3 : 8);
           for (const [i, plan] of plans.slice(1).entries()) {
             const before = plans[i]!;
             expect(plan.bytesPerToken).toBe(perToken);
@@ -156,7 +156,7 @@ describe("planMemory", () => {
       const { buffers } = planMemory(PUBLISHED_SHAPES.gpt2, { context, elem: "f16", scoring: true }, limits);
       return buffers.filter(({ label, purpose }) => purpose !== "kv" && !label.startsWith("attention split"));
     };
-    expect(others(2 ** 20)).toEqual(others(2 ** 15));
+    expect(others(2 ** 20)).toEqual(others(2 ** 16));
   });
 
   test("gpt2-xl at 64K tokens has 20,132,659,200 bytes of keys and values and their table", () => {

@@ -134,10 +134,10 @@ export const registerTiledAttention: Kernel<RegisterTiledVariant, FlashAttention
     16 * tileQ * (tileKv / 4 + 1) + // p_tile
     4 * tileQ * (tileKv / 4 + 1), // row_part + row_scale
   workgroupInvocations: (v) => v.lanes,
-  grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), p.range.heads, 1],
+  grid: (v, p) => [p.range.heads, Math.ceil(p.qLen / v.tileQ), 1],
 };
 
-/** Subgroups that share a tile of keys: with two, an H100 was half as fast, and more do not fit 48 KiB. */
+/** Subgroups that share a tile of keys: 23 KiB of workgroup memory, so that two workgroups share a multiprocessor. */
 const ATTENTION_SUBGROUPS = 4;
 
 /** Rows of `qkv` that attention may read, past the last query too; what is there is not used. */
@@ -167,11 +167,11 @@ export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, Fla
     },
   }),
   workgroupBytes: ({ subgroups }) =>
-    16 * 32 * subgroups * 17 + // arena
-    16 * KV_BLOCK * 9 + // kv_tile
+    16 * 32 * subgroups * 9 + // arena
+    16 * 32 * 9 + // kv_tile
     16, // grew
   workgroupInvocations: (v) => 32 * v.subgroups,
-  grid: (v, p) => [Math.ceil(p.qLen / (32 * v.subgroups)), p.range.heads, 1],
+  grid: (v, p) => [p.range.heads, Math.ceil(p.qLen / (32 * v.subgroups)), 1],
 };
 
 /** The same on software Vulkan. */
@@ -209,7 +209,10 @@ export function attentionCandidates(
   ];
 }
 
-/** Heads of 32, 64 and 128 columns, whose columns divide the lanes; the smaller tile is for 32 KiB of workgroup memory. */
+/**
+ * Heads of 32, 64 and 128 columns, whose columns divide the lanes. With heads of 64 a workgroup has 23 KiB of memory, so
+ * that two share an H100's multiprocessor, and larger tiles were slower (docs/benchmarks.md).
+ */
 export function registerTiledVariants(
   elem: Elem,
   heads: number,
@@ -217,7 +220,7 @@ export function registerTiledVariants(
   unroll: boolean,
 ): RegisterTiledVariant[] {
   if (![8, 16, 32].includes(headDim4)) return [];
-  return [64, 32].map((tileQ) => ({ elem, heads, headDim4, tileQ, tileKv: 32, lanes: 128, unroll }));
+  return [{ elem, heads, headDim4, tileQ: 32, tileKv: 32, lanes: 128, unroll }];
 }
 
 /** In order of preference: smaller tiles are for large heads and little workgroup memory. */

@@ -13,6 +13,7 @@ const ROWS = TILE_Q / ROW_GROUPS;
 const P_STRIDE = KEY_GROUPS + 1u;
 const O_GROUPS = LANES / HEAD_DIM4;
 const O_ROWS = TILE_Q / O_GROUPS;
+const LOADS = TILE_KV * HEAD_DIM4 / LANES;
 
 var<workgroup> q_tile: array<vec4f, TILE_Q * STRIDE4>;
 var<workgroup> kv_tile: array<vec4f, TILE_KV * STRIDE4>;            // keys, then values
@@ -30,11 +31,12 @@ fn main(
     @builtin(num_workgroups) grid: vec3u,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let head = params.first_head + workgroup.y;
-    // Late tiles attend to the most keys: started first, they do not run alone at the end.
-    let first_query = (grid.x - 1u - workgroup.x) * TILE_Q;
+    let head = params.first_head + workgroup.x;
+    // Late tiles attend to the most keys: those of all heads are started first, so that none runs alone at the end.
+    let first_query = (grid.y - 1u - workgroup.y) * TILE_Q;
     let first_visible = params.first_position + first_query;        // the last key that the first query sees
     let kv_end = params.first_position + min(first_query + TILE_Q, params.q_len);
+    let last_tile = (kv_end - 1u) / TILE_KV * TILE_KV;
     let key_group = lane % KEY_GROUPS;
     let row_group = lane / KEY_GROUPS;
     let column = lane % HEAD_DIM4;
@@ -54,13 +56,24 @@ fn main(
     for (var i = 0u; i < ROWS; i++) { m[i] = MASKED; }
     var o: array<vec4f, O_ROWS>;
 
+    // Keys and values are on their way from storage for a whole round before they are used.
+    let slot = lane / HEAD_DIM4 * STRIDE4 + lane % HEAD_DIM4;
+    let slot_step = LANES / HEAD_DIM4 * STRIDE4;
+    var k_next: array<vec4<elem>, LOADS>;
+    var v_next: array<vec4<elem>, LOADS>;
+    var next = kv_row(workgroup.x, 0u) * HEAD_DIM4 + lane;
+    for (var i = 0u; i < trips(LOADS); i++) {
+        k_next[i] = k[next + i * LANES];
+        v_next[i] = v[next + i * LANES];
+    }
+
     for (var first = 0u; first < kv_end; first += TILE_KV) {
-        let tile = kv_row(workgroup.y, first) * HEAD_DIM4;
-        for (var i = lane; i < TILE_KV * HEAD_DIM4; i += LANES) {
+        next = kv_row(workgroup.x, min(first + TILE_KV, last_tile)) * HEAD_DIM4 + lane;
+        for (var i = 0u; i < trips(LOADS); i++) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
-            var key = vec4f(0.0);
-            if (first + i / HEAD_DIM4 < kv_end) { key = vec4f(k[tile + i]); }
-            kv_tile[i / HEAD_DIM4 * STRIDE4 + i % HEAD_DIM4] = key;
+            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < kv_end;
+            kv_tile[slot + i * slot_step] = select(vec4f(0.0), vec4f(k_next[i]), is_key);
+            k_next[i] = k[next + i * LANES];
         }
         workgroupBarrier();
 
@@ -98,10 +111,10 @@ fn main(
         }
         workgroupBarrier();
 
-        for (var i = lane; i < TILE_KV * HEAD_DIM4; i += LANES) {
-            var value = vec4f(0.0);
-            if (first + i / HEAD_DIM4 < kv_end) { value = vec4f(v[tile + i]); }
-            kv_tile[i / HEAD_DIM4 * STRIDE4 + i % HEAD_DIM4] = value;
+        for (var i = 0u; i < trips(LOADS); i++) {
+            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < kv_end;
+            kv_tile[slot + i * slot_step] = select(vec4f(0.0), vec4f(v_next[i]), is_key);
+            v_next[i] = v[next + i * LANES];
         }
         for (var i = 0u; i < ROWS; i++) {
             let row = row_group + ROW_GROUPS * i;

@@ -1,34 +1,137 @@
 // The attention of tiled.wgsl on tensor cores, for heads of 64 columns: q, k, v and the probabilities in f16, scores,
-// statistics and output in f32. One workgroup a (tile of 32 · SUBGROUPS queries, head); a subgroup of 32 lanes owns 32
-// rows of it, from their scores to their output. A tile of keys is one block of the cache.
+// statistics and output in f32. One workgroup a (head, tile of 32 · SUBGROUPS queries); a subgroup of 32 lanes owns 32
+// rows of it, from their scores to their output.
 //
-// A matrix has no elements: scores go to workgroup memory, where each lane takes one row, keeps its maximum and sum, and
-// leaves its probabilities, in f16, in the same place. The output stays in matrices. It is rescaled, through workgroup
-// memory, only when some row's maximum has grown by more than GROWTH in base 2 since the last time (the conditional
-// rescaling of FlashAttention-4): until then probabilities may exceed 1, up to 2^GROWTH, which f16 holds, and the division
-// by the sum at the end makes the result exact all the same.
+// A matrix has no elements: scores go to workgroup memory, where each lane takes one row and leaves its probabilities, in
+// f16, in the same place. The output stays in matrices. Probabilities are taken relative to a row maximum m that is
+// allowed to be out of date (the conditional rescaling of FlashAttention-4): while those of a tile add up to no more than
+// LIMIT, none of them overflows f16. Only when they do is m renewed and the output rescaled, through workgroup memory. The
+// division by the sum at the end makes the result exact all the same.
 //
-// Matrices are written out one by one: in arrays indexed by loops the driver keeps them in memory, not in registers.
+// What shaped it, measured on an H100 (docs/benchmarks.md): workgroups that share a multiprocessor must fit about 48 KiB of
+// workgroup memory together, and two of them hide each other's barriers, hence tiles of 32 keys; matrices in arrays that
+// loops index stay in memory, so they are written out; a matrix that is changed in one branch only is copied on every
+// round, so the rescaling lies outside the inner loop.
 alias Left = subgroup_matrix_left<f16, 16, 16>;
 alias Right = subgroup_matrix_right<f16, 16, 16>;
 alias Sum = subgroup_matrix_result<f32, 16, 16>;
 
 const LANES = 32u * SUBGROUPS;
 const TILE_Q = 32u * SUBGROUPS;
-const GROWTH = 8.0;
+const TILE_KV = 32u;
+const LIMIT = 8192.0;
 const HEAD_DIM8 = 8u;
-// Rows of the arena in vectors of 16 bytes: 64 scores in f32, then probabilities in f16 and half of an output in f32; the
-// odd stride puts neighbouring rows in different banks.
-const STRIDE = 17u;
+// Rows of the arena in vectors of 16 bytes: 32 scores in f32, or probabilities in f16 and a quarter of an output in f32.
+// The odd strides put neighbouring rows in different banks.
+const STRIDE = 9u;
 const KV_STRIDE = 9u;
-const KV_LOADS = KV_BLOCK * HEAD_DIM8 / LANES;
+const KV_LOADS = TILE_KV * HEAD_DIM8 / LANES;
 
 var<workgroup> arena: array<vec4u, TILE_Q * STRIDE>;
-var<workgroup> kv_tile: array<vec4u, KV_BLOCK * KV_STRIDE>;     // keys, then values
-var<workgroup> grew: u32;
+var<workgroup> kv_tile: array<vec4u, TILE_KV * KV_STRIDE>;      // keys, then values
+var<workgroup> grew: u32;                                       // whether some row's m was renewed
 
 fn multiply(a: Left, b: Right, sum: Sum) -> Sum {
     return subgroupMatrixMultiplyAccumulate(a, b, sum);
+}
+
+fn pack(a: vec4f, b: vec4f) -> vec4u {
+    return vec4u(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
+}
+
+// Scores of a subgroup's 32 rows with the 32 keys in kv_tile, from its rows of q to its rows of the arena.
+fn store_scores(
+    q00: Left, q01: Left, q02: Left, q03: Left, q10: Left, q11: Left, q12: Left, q13: Left, upper: u32, lower: u32,
+) {
+    const HALF = 16u * KV_STRIDE;
+    let k00 = subgroupMatrixLoad<Right, col_major>(&kv_tile, 0u, KV_STRIDE);
+    let k10 = subgroupMatrixLoad<Right, col_major>(&kv_tile, HALF, KV_STRIDE);
+    let k01 = subgroupMatrixLoad<Right, col_major>(&kv_tile, 2u, KV_STRIDE);
+    let k11 = subgroupMatrixLoad<Right, col_major>(&kv_tile, HALF + 2u, KV_STRIDE);
+    let k02 = subgroupMatrixLoad<Right, col_major>(&kv_tile, 4u, KV_STRIDE);
+    let k12 = subgroupMatrixLoad<Right, col_major>(&kv_tile, HALF + 4u, KV_STRIDE);
+    let k03 = subgroupMatrixLoad<Right, col_major>(&kv_tile, 6u, KV_STRIDE);
+    let k13 = subgroupMatrixLoad<Right, col_major>(&kv_tile, HALF + 6u, KV_STRIDE);
+    let s00 = multiply(q03, k03, multiply(q02, k02, multiply(q01, k01, multiply(q00, k00, Sum()))));
+    let s01 = multiply(q03, k13, multiply(q02, k12, multiply(q01, k11, multiply(q00, k10, Sum()))));
+    let s10 = multiply(q13, k03, multiply(q12, k02, multiply(q11, k01, multiply(q10, k00, Sum()))));
+    let s11 = multiply(q13, k13, multiply(q12, k12, multiply(q11, k11, multiply(q10, k10, Sum()))));
+    subgroupMatrixStore<row_major>(&arena, upper, s00, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, upper + 4u, s01, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, lower, s10, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, lower + 4u, s11, STRIDE);
+}
+
+// Eight scores of a row as probabilities relative to m.
+fn probabilities(row: u32, j: u32, m: f32) -> array<vec4f, 2> {
+    let scale = vec4f(params.scale_log2);
+    return array<vec4f, 2>(
+        exp2(fma(bitcast<vec4f>(arena[row + 2u * j]), scale, vec4f(-m))),
+        exp2(fma(bitcast<vec4f>(arena[row + 2u * j + 1u]), scale, vec4f(-m))),
+    );
+}
+
+fn sum_of(a: vec4f) -> f32 {
+    return (a.x + a.y) + (a.z + a.w);
+}
+
+// One row's scores of the tile that starts at key `first` become probabilities, in place; returns what the row's output
+// must be multiplied by.
+fn softmax(row: u32, first: u32, position: u32, hides: bool, m: ptr<function, f32>, l: ptr<function, f32>) -> f32 {
+    if (hides) {
+        for (var j = 0u; j < TILE_KV / 4u; j++) {
+            let keys = vec4u(first + 4u * j) + vec4u(0u, 1u, 2u, 3u);
+            let scores = select(vec4f(MASKED), bitcast<vec4f>(arena[row + j]), keys <= vec4u(position));
+            arena[row + j] = bitcast<vec4u>(scores);
+        }
+    }
+    var packed = array<vec4u, TILE_KV / 8u>();
+    var sums = vec4f(0.0);
+    for (var j = 0u; j < TILE_KV / 8u; j++) {
+        let p = probabilities(row, j, *m);
+        sums += p[0] + p[1];
+        packed[j] = pack(p[0], p[1]);
+    }
+    let sum = sum_of(sums);
+    if (first != 0u && sum <= LIMIT) {
+        for (var j = 0u; j < TILE_KV / 8u; j++) { arena[row + j] = packed[j]; }
+        *l += sum;
+        return 1.0;
+    }
+
+    // On the first tile m is still to be found: key 0 is in it and every query sees it, so m is a real score from then on.
+    var top = bitcast<vec4f>(arena[row]);
+    for (var j = 1u; j < TILE_KV / 4u; j++) { top = max(top, bitcast<vec4f>(arena[row + j])); }
+    let largest = max(max(top.x, top.y), max(top.z, top.w)) * params.scale_log2;
+    let rescale = exp2(*m - largest);
+    *m = largest;
+    sums = vec4f(0.0);
+    for (var j = 0u; j < TILE_KV / 8u; j++) {
+        let p = probabilities(row, j, largest);
+        sums += p[0] + p[1];
+        arena[row + j] = pack(p[0], p[1]);
+    }
+    *l = fma(*l, rescale, sum_of(sums));
+    // Before the first tile there is no output to rescale.
+    if (first != 0u) { grew = 1u; }
+    return rescale;
+}
+
+// A quarter of the output of this lane's row, behind the probabilities.
+fn rescale_row(row: u32, rescale: f32) {
+    for (var j = TILE_KV / 8u; j < TILE_KV / 4u; j++) {
+        arena[row + j] = bitcast<vec4u>(bitcast<vec4f>(arena[row + j]) * rescale);
+    }
+}
+
+// Half of the columns of a finished row, which this lane has in its row of the arena.
+fn store_half(row: u32, query: u32, head: u32, half: u32, l: f32) {
+    if (query >= params.q_len) { return; }
+    for (var d = 0u; d < HEAD_DIM8 / 2u; d++) {
+        let a = bitcast<vec4f>(arena[row + 2u * d]) / l;
+        let b = bitcast<vec4f>(arena[row + 2u * d + 1u]) / l;
+        out[(query * HEADS + head) * HEAD_DIM8 + half * HEAD_DIM8 / 2u + d] = pack(a, b);
+    }
 }
 
 @compute @workgroup_size(LANES)
@@ -38,11 +141,12 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
     @builtin(subgroup_id) subgroup: u32,
 ) {
-    let head = params.first_head + workgroup.y;
-    // Late tiles attend to the most keys: started first, they do not run alone at the end.
-    let first_query = (grid.x - 1u - workgroup.x) * TILE_Q;
+    let head = params.first_head + workgroup.x;
+    // Late tiles attend to the most keys: those of all heads are started first, so that none runs alone at the end.
+    let first_query = (grid.y - 1u - workgroup.y) * TILE_Q;
     let first_visible = params.first_position + first_query;
     let kv_end = params.first_position + min(first_query + TILE_Q, params.q_len);
+    let last_tile = (kv_end - 1u) / TILE_KV * TILE_KV;
     let position = first_visible + lane;
     let row = lane * STRIDE;                                   // this lane's row of the arena
     let upper = 32u * subgroup * STRIDE;                       // this subgroup's first and second 16 rows
@@ -69,138 +173,162 @@ fn main(
     var o13 = Sum();
     var m = MASKED;
     var l = 0.0;
+    var rescale = 1.0;
 
-    // A tile is on its way from storage while the one before it is used: keys during the second product, values during
-    // the first.
-    var staged = array<vec4u, KV_LOADS>();
-    for (var i = 0u; i < KV_LOADS; i++) { staged[i] = k[kv_row(workgroup.y, 0u) * HEAD_DIM8 + lane + i * LANES]; }
+    // Keys and values are on their way from storage for a whole round before they are used.
+    let slot = lane / HEAD_DIM8 * KV_STRIDE + lane % HEAD_DIM8;
+    let slot_step = LANES / HEAD_DIM8 * KV_STRIDE;
+    var k_next = array<vec4u, KV_LOADS>();
+    var v_next = array<vec4u, KV_LOADS>();
+    var next = kv_row(workgroup.x, 0u) * HEAD_DIM8 + lane;
+    for (var i = 0u; i < KV_LOADS; i++) {
+        k_next[i] = k[next + i * LANES];
+        v_next[i] = v[next + i * LANES];
+    }
+    next = kv_row(workgroup.x, min(TILE_KV, last_tile)) * HEAD_DIM8 + lane;
 
-    for (var first = 0u; first < kv_end; first += KV_BLOCK) {
-        let tile = kv_row(workgroup.y, first) * HEAD_DIM8;
-        for (var i = 0u; i < KV_LOADS; i++) {
-            let at = lane + i * LANES;
-            kv_tile[at / HEAD_DIM8 * KV_STRIDE + at % HEAD_DIM8] = staged[i];
-        }
-        workgroupBarrier();
-        for (var i = 0u; i < KV_LOADS; i++) {
-            let at = lane + i * LANES;
-            // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
-            staged[i] = select(vec4u(0u), v[tile + at], first + at / HEAD_DIM8 < kv_end);
-        }
-        for (var n = 0u; n < KV_BLOCK / 16u; n++) {
-            let keys = 16u * n * KV_STRIDE;
-            let k0 = subgroupMatrixLoad<Right, col_major>(&kv_tile, keys, KV_STRIDE);
-            let k1 = subgroupMatrixLoad<Right, col_major>(&kv_tile, keys + 2u, KV_STRIDE);
-            let k2 = subgroupMatrixLoad<Right, col_major>(&kv_tile, keys + 4u, KV_STRIDE);
-            let k3 = subgroupMatrixLoad<Right, col_major>(&kv_tile, keys + 6u, KV_STRIDE);
-            let s0 = multiply(q03, k3, multiply(q02, k2, multiply(q01, k1, multiply(q00, k0, Sum()))));
-            let s1 = multiply(q13, k3, multiply(q12, k2, multiply(q11, k1, multiply(q10, k0, Sum()))));
-            subgroupMatrixStore<row_major>(&arena, upper + 4u * n, s0, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, lower + 4u * n, s1, STRIDE);
-        }
-        if (lane == 0u) { grew = 0u; }
-        workgroupBarrier();
-        for (var i = 0u; i < KV_LOADS; i++) {
-            let at = lane + i * LANES;
-            kv_tile[at / HEAD_DIM8 * KV_STRIDE + at % HEAD_DIM8] = staged[i];
-        }
-
-        var scores = array<vec4f, KV_BLOCK / 4u>();
-        var top = vec4f(MASKED);
-        if (first + KV_BLOCK > first_visible + 1u) {
-            for (var j = 0u; j < KV_BLOCK / 4u; j++) {
-                let keys = vec4u(first + 4u * j) + vec4u(0u, 1u, 2u, 3u);
-                scores[j] = select(vec4f(MASKED), bitcast<vec4f>(arena[row + j]), keys <= vec4u(position));
-                top = max(top, scores[j]);
+    var first = 0u;                                            // the first key of this round's tile
+    loop {
+        var is_done = false;
+        // Round after round, until some row's m is renewed or the keys end.
+        loop {
+            for (var i = 0u; i < KV_LOADS; i++) { kv_tile[slot + i * slot_step] = k_next[i]; }
+            workgroupBarrier();
+            for (var i = 0u; i < KV_LOADS; i++) { k_next[i] = k[next + i * LANES]; }
+            store_scores(q00, q01, q02, q03, q10, q11, q12, q13, upper, lower);
+            if (lane == 0u) { grew = 0u; }
+            workgroupBarrier();
+            for (var i = 0u; i < KV_LOADS; i++) {
+                // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
+                let key = first + (lane + i * LANES) / HEAD_DIM8;
+                kv_tile[slot + i * slot_step] = select(vec4u(0u), v_next[i], key < kv_end);
+                v_next[i] = v[next + i * LANES];
             }
-        } else {
-            for (var j = 0u; j < KV_BLOCK / 4u; j++) {
-                scores[j] = bitcast<vec4f>(arena[row + j]);
-                top = max(top, scores[j]);
+            next = kv_row(workgroup.x, min(first + 2u * TILE_KV, last_tile)) * HEAD_DIM8 + lane;
+            rescale = softmax(row, first, position, first + TILE_KV > first_visible + 1u, &m, &l);
+            if (workgroupUniformLoad(&grew) != 0u) { break; }
+            {
+                let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper, STRIDE);
+                let p1 = subgroupMatrixLoad<Left, row_major>(&arena, lower, STRIDE);
+                let v0 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 0u, KV_STRIDE);
+                o00 = multiply(p0, v0, o00);
+                o10 = multiply(p1, v0, o10);
+                let v1 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 2u, KV_STRIDE);
+                o01 = multiply(p0, v1, o01);
+                o11 = multiply(p1, v1, o11);
+                let v2 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 4u, KV_STRIDE);
+                o02 = multiply(p0, v2, o02);
+                o12 = multiply(p1, v2, o12);
+                let v3 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 6u, KV_STRIDE);
+                o03 = multiply(p0, v3, o03);
+                o13 = multiply(p1, v3, o13);
+            }
+            {
+                let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper + 2u, STRIDE);
+                let p1 = subgroupMatrixLoad<Left, row_major>(&arena, lower + 2u, STRIDE);
+                let v0 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE, KV_STRIDE);
+                o00 = multiply(p0, v0, o00);
+                o10 = multiply(p1, v0, o10);
+                let v1 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 2u, KV_STRIDE);
+                o01 = multiply(p0, v1, o01);
+                o11 = multiply(p1, v1, o11);
+                let v2 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 4u, KV_STRIDE);
+                o02 = multiply(p0, v2, o02);
+                o12 = multiply(p1, v2, o12);
+                let v3 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 6u, KV_STRIDE);
+                o03 = multiply(p0, v3, o03);
+                o13 = multiply(p1, v3, o13);
+            }
+            // The next keys and scores must not overwrite what is still being loaded.
+            workgroupBarrier();
+            first += TILE_KV;
+            if (first >= kv_end) {
+                is_done = true;
+                break;
             }
         }
-        let largest = max(max(top.x, top.y), max(top.z, top.w)) * params.scale_log2;
-        var rescale = 1.0;
-        if (first == 0u) {
-            // Key 0 is in the first tile and every query sees it: m is a real score from then on.
-            m = largest;
-        } else if (largest > m + GROWTH) {
-            rescale = exp2(m - largest);
-            m = largest;
-            l *= rescale;
-            grew = 1u;
-        }
-        var sums = vec4f(0.0);
-        for (var j = 0u; j < KV_BLOCK / 8u; j++) {
-            let p0 = exp2(fma(scores[2u * j], vec4f(params.scale_log2), vec4f(-m)));
-            let p1 = exp2(fma(scores[2u * j + 1u], vec4f(params.scale_log2), vec4f(-m)));
-            sums += p0 + p1;
-            arena[row + j] = vec4u(pack2x16float(p0.xy), pack2x16float(p0.zw), pack2x16float(p1.xy), pack2x16float(p1.zw));
-        }
-        l += (sums.x + sums.y) + (sums.z + sums.w);
-        if (workgroupUniformLoad(&grew) != 0u) {
-            // Rows hold eight vectors of probabilities; behind them is room for half of the output at a time.
-            subgroupMatrixStore<row_major>(&arena, upper + 8u, o00, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, upper + 12u, o01, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, lower + 8u, o10, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, lower + 12u, o11, STRIDE);
-            workgroupBarrier();
-            for (var j = 8u; j < 16u; j++) { arena[row + j] = bitcast<vec4u>(bitcast<vec4f>(arena[row + j]) * rescale); }
-            workgroupBarrier();
-            o00 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 8u, STRIDE);
-            o01 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 12u, STRIDE);
-            o10 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 8u, STRIDE);
-            o11 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 12u, STRIDE);
-            workgroupBarrier();
-            subgroupMatrixStore<row_major>(&arena, upper + 8u, o02, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, upper + 12u, o03, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, lower + 8u, o12, STRIDE);
-            subgroupMatrixStore<row_major>(&arena, lower + 12u, o13, STRIDE);
-            workgroupBarrier();
-            for (var j = 8u; j < 16u; j++) { arena[row + j] = bitcast<vec4u>(bitcast<vec4f>(arena[row + j]) * rescale); }
-            workgroupBarrier();
-            o02 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 8u, STRIDE);
-            o03 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 12u, STRIDE);
-            o12 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 8u, STRIDE);
-            o13 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 12u, STRIDE);
-        }
-        let next = min(first + KV_BLOCK, kv_end - 1u) / KV_BLOCK * KV_BLOCK;
-        let next_tile = kv_row(workgroup.y, next) * HEAD_DIM8;
-        for (var i = 0u; i < KV_LOADS; i++) { staged[i] = k[next_tile + lane + i * LANES]; }
-        for (var n = 0u; n < KV_BLOCK / 16u; n++) {
-            let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper + 2u * n, STRIDE);
-            let p1 = subgroupMatrixLoad<Left, row_major>(&arena, lower + 2u * n, STRIDE);
-            let v0 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * n * KV_STRIDE, KV_STRIDE);
+        if (is_done) { break; }
+
+        // What is left of the round in which m was renewed.
+        subgroupMatrixStore<row_major>(&arena, upper + 4u, o00, STRIDE);
+        subgroupMatrixStore<row_major>(&arena, lower + 4u, o10, STRIDE);
+        workgroupBarrier();
+        rescale_row(row, rescale);
+        workgroupBarrier();
+        o00 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 4u, STRIDE);
+        o10 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 4u, STRIDE);
+        workgroupBarrier();
+        subgroupMatrixStore<row_major>(&arena, upper + 4u, o01, STRIDE);
+        subgroupMatrixStore<row_major>(&arena, lower + 4u, o11, STRIDE);
+        workgroupBarrier();
+        rescale_row(row, rescale);
+        workgroupBarrier();
+        o01 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 4u, STRIDE);
+        o11 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 4u, STRIDE);
+        workgroupBarrier();
+        subgroupMatrixStore<row_major>(&arena, upper + 4u, o02, STRIDE);
+        subgroupMatrixStore<row_major>(&arena, lower + 4u, o12, STRIDE);
+        workgroupBarrier();
+        rescale_row(row, rescale);
+        workgroupBarrier();
+        o02 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 4u, STRIDE);
+        o12 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 4u, STRIDE);
+        workgroupBarrier();
+        subgroupMatrixStore<row_major>(&arena, upper + 4u, o03, STRIDE);
+        subgroupMatrixStore<row_major>(&arena, lower + 4u, o13, STRIDE);
+        workgroupBarrier();
+        rescale_row(row, rescale);
+        workgroupBarrier();
+        o03 = subgroupMatrixLoad<Sum, row_major>(&arena, upper + 4u, STRIDE);
+        o13 = subgroupMatrixLoad<Sum, row_major>(&arena, lower + 4u, STRIDE);
+        {
+            let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper, STRIDE);
+            let p1 = subgroupMatrixLoad<Left, row_major>(&arena, lower, STRIDE);
+            let v0 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 0u, KV_STRIDE);
             o00 = multiply(p0, v0, o00);
             o10 = multiply(p1, v0, o10);
-            let v1 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * n * KV_STRIDE + 2u, KV_STRIDE);
+            let v1 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 2u, KV_STRIDE);
             o01 = multiply(p0, v1, o01);
             o11 = multiply(p1, v1, o11);
-            let v2 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * n * KV_STRIDE + 4u, KV_STRIDE);
+            let v2 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 4u, KV_STRIDE);
             o02 = multiply(p0, v2, o02);
             o12 = multiply(p1, v2, o12);
-            let v3 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * n * KV_STRIDE + 6u, KV_STRIDE);
+            let v3 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 6u, KV_STRIDE);
             o03 = multiply(p0, v3, o03);
             o13 = multiply(p1, v3, o13);
         }
-        // The next scores and values must not overwrite those that are still being loaded.
+        {
+            let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper + 2u, STRIDE);
+            let p1 = subgroupMatrixLoad<Left, row_major>(&arena, lower + 2u, STRIDE);
+            let v0 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE, KV_STRIDE);
+            o00 = multiply(p0, v0, o00);
+            o10 = multiply(p1, v0, o10);
+            let v1 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 2u, KV_STRIDE);
+            o01 = multiply(p0, v1, o01);
+            o11 = multiply(p1, v1, o11);
+            let v2 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 4u, KV_STRIDE);
+            o02 = multiply(p0, v2, o02);
+            o12 = multiply(p1, v2, o12);
+            let v3 = subgroupMatrixLoad<Right, row_major>(&kv_tile, 16u * KV_STRIDE + 6u, KV_STRIDE);
+            o03 = multiply(p0, v3, o03);
+            o13 = multiply(p1, v3, o13);
+        }
         workgroupBarrier();
+        first += TILE_KV;
+        if (first >= kv_end) { break; }
     }
 
     subgroupMatrixStore<row_major>(&arena, upper, o00, STRIDE);
     subgroupMatrixStore<row_major>(&arena, upper + 4u, o01, STRIDE);
-    subgroupMatrixStore<row_major>(&arena, upper + 8u, o02, STRIDE);
-    subgroupMatrixStore<row_major>(&arena, upper + 12u, o03, STRIDE);
     subgroupMatrixStore<row_major>(&arena, lower, o10, STRIDE);
     subgroupMatrixStore<row_major>(&arena, lower + 4u, o11, STRIDE);
-    subgroupMatrixStore<row_major>(&arena, lower + 8u, o12, STRIDE);
-    subgroupMatrixStore<row_major>(&arena, lower + 12u, o13, STRIDE);
     workgroupBarrier();
-    if (first_query + lane >= params.q_len) { return; }
-    for (var d = 0u; d < HEAD_DIM8; d++) {
-        let a = bitcast<vec4f>(arena[row + 2u * d]) / l;
-        let b = bitcast<vec4f>(arena[row + 2u * d + 1u]) / l;
-        out[((first_query + lane) * HEADS + head) * HEAD_DIM8 + d] =
-            vec4u(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
-    }
+    store_half(row, first_query + lane, head, 0u, l);
+    workgroupBarrier();
+    subgroupMatrixStore<row_major>(&arena, upper, o02, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, upper + 4u, o03, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, lower, o12, STRIDE);
+    subgroupMatrixStore<row_major>(&arena, lower + 4u, o13, STRIDE);
+    workgroupBarrier();
+    store_half(row, first_query + lane, head, 1u, l);
 }

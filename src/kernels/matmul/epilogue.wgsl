@@ -10,13 +10,3 @@ fn gelu_new(x: vec4f) -> vec4f {
     let u = 0.7978845608028654 * (x + 0.044715 * x * x * x);
     return x / (1.0 + exp(min(-2.0 * u, vec4f(80.0))));
 }
-
-fn store(index: u32, sum: vec4f) {
-    if (EPILOGUE == BIAS_GELU) {
-        out[index] = vec4<out_elem>(gelu_new(sum));
-    } else if (EPILOGUE == RESIDUAL) {
-        out[index] = out[index] + vec4<out_elem>(sum);
-    } else {
-        out[index] = vec4<out_elem>(sum);
-    }
-}

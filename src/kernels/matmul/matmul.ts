@@ -3,6 +3,7 @@ import { tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
+import storeText from "./store.wgsl" with { type: "text" };
 import matrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
 import subgroupMatrixText from "./subgroup_matrix.wgsl" with { type: "text" };
 import subgroupText from "./subgroup.wgsl" with { type: "text" };
@@ -52,9 +53,10 @@ export interface SubgroupMatrixVariant {
   readonly epilogue: Epilogue;
   readonly subgroupsM: number;
   readonly subgroupsN: number;
-  /** Columns of `x` staged at a time; a multiple of 16. */
-  readonly tileInner: number;
 }
+
+/** Columns of `x` that the tensor-core kernel stages at a time: it takes multiples of them only. */
+const MATRIX_TILE_INNER = 32;
 
 const matrixBindings: ShaderFile = {
   file: "matmul/subgroup_matrix_bindings.wgsl",
@@ -62,6 +64,7 @@ const matrixBindings: ShaderFile = {
 };
 const bindings: ShaderFile = { file: "matmul/bindings.wgsl", text: bindingsText };
 const epilogue: ShaderFile = { file: "matmul/epilogue.wgsl", text: epilogueText };
+const store: ShaderFile = { file: "matmul/store.wgsl", text: storeText };
 
 const common = {
   bindings: { x: "read", w: "read", bias: "read", out: "read_write" },
@@ -85,7 +88,7 @@ function header(v: MatmulVariant, consts: Readonly<Record<string, number>>) {
 /** `out[rows, columns] = epilogue(x[rows, inner] · w[inner, columns] + bias)` for any number of rows. */
 export const tiledMatmul: Kernel<TiledVariant, MatmulProblem> = {
   name: "matmul/tiled",
-  sources: [bindings, epilogue, { file: "matmul/tiled.wgsl", text: tiledText }, tripsHelper],
+  sources: [bindings, epilogue, store, { file: "matmul/tiled.wgsl", text: tiledText }, tripsHelper],
   ...common,
   header: (v) =>
     header(v, {
@@ -102,7 +105,7 @@ export const tiledMatmul: Kernel<TiledVariant, MatmulProblem> = {
 /** The same for exactly one row. */
 export const gemv: Kernel<GemvVariant, MatmulProblem> = {
   name: "matmul/gemv",
-  sources: [bindings, epilogue, { file: "matmul/gemv.wgsl", text: gemvText }, tripsHelper],
+  sources: [bindings, epilogue, store, { file: "matmul/gemv.wgsl", text: gemvText }, tripsHelper],
   ...common,
   header: (v) => header(v, { STRIP4: v.strip4, SLICES: v.slices }),
   workgroupBytes: (v) => 16 * v.strip4 * v.slices, // partial
@@ -110,7 +113,7 @@ export const gemv: Kernel<GemvVariant, MatmulProblem> = {
   grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), 1, 1],
 };
 
-/** The same on tensor cores, in f16, for widths that are multiples of eight. */
+/** The same on tensor cores, in f16, for `inner` a multiple of 32 and `columns` of eight. */
 export const subgroupMatrixMatmul: Kernel<SubgroupMatrixVariant, MatmulProblem> = {
   name: "matmul/subgroup_matrix",
   sources: [matrixBindings, epilogue, { file: "matmul/subgroup_matrix.wgsl", text: subgroupMatrixText }],
@@ -118,18 +121,17 @@ export const subgroupMatrixMatmul: Kernel<SubgroupMatrixVariant, MatmulProblem> 
   params: { rows: "u32", inner8: "u32", columns8: "u32" },
   values: (_, p) => ({ rows: p.rows, inner8: p.inner / 8, columns8: p.columns / 8 }),
   header: (v) => ({
-    aliases: { elem: "f16", out_elem: v.epilogue === "residual" ? "f32" : "f16" },
+    aliases: { elem: "f16" },
     subgroupMatrix: true,
     consts: {
       EPILOGUE: EPILOGUES[v.epilogue],
       SUBGROUPS_M: v.subgroupsM,
       SUBGROUPS_N: v.subgroupsN,
-      TILE_INNER: v.tileInner,
     },
   }),
   workgroupBytes(v) {
     const { rows, columns } = matrixTile(v);
-    return 2 * 16 * (rows * (v.tileInner / 8 + 1) + v.tileInner * (columns / 8 + 1)); // arena
+    return 16 * (rows * (MATRIX_TILE_INNER / 8 + 1) + MATRIX_TILE_INNER * (columns / 8 + 1)); // arena
   },
   workgroupInvocations: (v) => 32 * v.subgroupsM * v.subgroupsN,
   grid(v, p) {
@@ -145,7 +147,7 @@ function matrixTile({ subgroupsM, subgroupsN }: SubgroupMatrixVariant) {
 /** The same for any number of rows, on software Vulkan. */
 export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   name: "matmul/subgroup",
-  sources: [bindings, epilogue, { file: "matmul/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  sources: [bindings, epilogue, store, { file: "matmul/subgroup.wgsl", text: subgroupText }, tripsHelper],
   ...common,
   header: (v) => ({ ...header(v, {}), subgroup: v.subgroup }),
   workgroupBytes: () => 0,
@@ -156,7 +158,7 @@ export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
 /**
  * Candidates for many rows, in order of preference.
  * @param unroll false on software adapters only
- * @param isWide all widths are multiples of eight
+ * @param isWide all widths are multiples of 32
  */
 export function matmulCandidates(
   elem: Elem,
@@ -181,7 +183,7 @@ export function smallMatmulCandidates(elem: Elem, epilogue: Epilogue, unroll: bo
 
 /** Tiles of 128×128: what an H100 was fastest with (docs/benchmarks.md). */
 export function subgroupMatrixVariant(epilogue: Epilogue): SubgroupMatrixVariant {
-  return { epilogue, subgroupsM: 2, subgroupsN: 2, tileInner: 16 };
+  return { epilogue, subgroupsM: 2, subgroupsN: 2 };
 }
 
 /** Tiles in order of preference for many rows. */

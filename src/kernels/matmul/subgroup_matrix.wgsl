@@ -1,9 +1,12 @@
 // out = epilogue(x · w + bias) on tensor cores: x and w in f16, sums in f32. One workgroup a tile of TILE_ROWS by
 // TILE_COLUMNS, SUBGROUPS_M × SUBGROUPS_N subgroups of 32 lanes, each with 64×64 of it: sixteen matrices of 16×16.
-// TILE_INNER columns of x and rows of w are staged at a time, in two buffers by turns: while the matrices of one are
-// multiplied, the loads of the next are under way. Rows of the stages are padded by 16 bytes, so that the rows of a matrix
-// lie in different banks. The matrices are written out one by one: in arrays that loops index, NVIDIA's driver keeps them
-// in memory and not in registers, at a third of the speed.
+// TILE_INNER columns of x and rows of w are staged at a time: while their matrices are multiplied, the loads of the next
+// are under way in registers.
+//
+// What shaped it, measured on an H100 (docs/benchmarks.md): one stage of 32 leaves room for two workgroups a
+// multiprocessor, which hide each other's barriers, where two stages of 32 do not; stages of 16 read x in pieces of 32
+// bytes, at two thirds of the speed. In arrays that loops index, the driver keeps matrices in memory and not in registers,
+// so they are written out.
 alias Left = subgroup_matrix_left<f16, 16, 16>;
 alias Right = subgroup_matrix_right<f16, 16, 16>;
 alias Sum = subgroup_matrix_result<f32, 16, 16>;
@@ -11,39 +14,62 @@ alias Sum = subgroup_matrix_result<f32, 16, 16>;
 const LANES = 32u * SUBGROUPS_M * SUBGROUPS_N;
 const TILE_ROWS = 64u * SUBGROUPS_M;
 const TILE_COLUMNS = 64u * SUBGROUPS_N;
-// Strides and counts in vectors of eight f16.
-const X_STRIDE = TILE_INNER / 8u + 1u;
-const W_STRIDE = TILE_COLUMNS / 8u + 1u;
-const X_STAGE = TILE_ROWS * X_STRIDE;
-const W_STAGE = TILE_INNER * W_STRIDE;
-const X_LOADS = TILE_ROWS * TILE_INNER / 8u / LANES;
-const W_LOADS = TILE_INNER * TILE_COLUMNS / 8u / LANES;
-// One subgroup's finished sums on their way out: 16 rows of 64 in f32, padded.
+const TILE_INNER = 32u;
+// Strides and counts in vectors of eight f16. Rows are padded by one, so that the rows of a matrix lie in different banks.
+const INNER8 = TILE_INNER / 8u;
+const COLUMNS8 = TILE_COLUMNS / 8u;
+const X_STRIDE = INNER8 + 1u;
+const W_STRIDE = COLUMNS8 + 1u;
+const W_STAGE = TILE_ROWS * X_STRIDE;                      // where w is in the arena, behind x
+const X_LOADS = TILE_ROWS * INNER8 / LANES;
+const W_LOADS = TILE_INNER * COLUMNS8 / LANES;
+const X_LOAD_ROWS = LANES / INNER8;
+const W_LOAD_ROWS = LANES / COLUMNS8;
+// One subgroup's finished sums on their way out: 16 rows of 64 in f32, padded, four rows of eight columns a lane.
 const OUT_STRIDE = 17u;
 const OUT_STAGE = 16u * OUT_STRIDE;
+const OUT_ROWS = 4u;
 
-var<workgroup> arena: array<vec4u, 2u * (X_STAGE + W_STAGE)>;
+const_assert SUBGROUPS_M * SUBGROUPS_N * OUT_STAGE <= W_STAGE + TILE_INNER * W_STRIDE;
+var<workgroup> arena: array<vec4u, W_STAGE + TILE_INNER * W_STRIDE>;
 
-// Eight columns of a row of x: zeros outside.
-fn load_x(row: u32, inner8: u32) -> vec4u {
-    if (row >= params.rows || inner8 >= params.inner8) { return vec4u(0u); }
-    return x[row * params.inner8 + inner8];
+fn multiply(a: Left, b: Right, sum: Sum) -> Sum {
+    return subgroupMatrixMultiplyAccumulate(a, b, sum);
 }
 
-fn load_w(inner: u32, column8: u32) -> vec4u {
-    if (inner >= 8u * params.inner8 || column8 >= params.columns8) { return vec4u(0u); }
-    return w[inner * params.columns8 + column8];
-}
-
-// Sixteen finished rows of a subgroup, from the arena to where they belong.
-fn finish(out_stage: u32, first_row: u32, first_column4: u32, lane: u32) {
-    for (var at = lane; at < 256u; at += 32u) {
-        let row = first_row + at / 16u;
-        let column4 = first_column4 + at % 16u;
-        if (row < params.rows && column4 < 2u * params.columns8) {
-            let sum = bitcast<vec4f>(arena[out_stage + at / 16u * OUT_STRIDE + at % 16u]);
-            store(row * 2u * params.columns8 + column4, sum + bias[column4]);
+// Sixteen finished rows of a subgroup, from the arena to where they belong: this lane has every fourth from `row` on, and
+// of them the columns of out8.
+fn finish(sums: u32, row: u32, out8: u32, bias_low: vec4f, bias_high: vec4f) {
+    if (out8 >= params.columns8) { return; }
+    if (EPILOGUE == RESIDUAL) {
+        // All loads before the first store: the compiler may not exchange them.
+        var old = array<vec4f, 2u * OUT_ROWS>();
+        for (var i = 0u; i < OUT_ROWS; i++) {
+            let at = 2u * (min(row + 4u * i, params.rows - 1u) * params.columns8 + out8);
+            old[2u * i] = bitcast<vec4f>(out[at]);
+            old[2u * i + 1u] = bitcast<vec4f>(out[at + 1u]);
         }
+        for (var i = 0u; i < OUT_ROWS; i++) {
+            if (row + 4u * i >= params.rows) { return; }
+            let at = 2u * ((row + 4u * i) * params.columns8 + out8);
+            let low = bitcast<vec4f>(arena[sums + 4u * OUT_STRIDE * i]) + bias_low;
+            let high = bitcast<vec4f>(arena[sums + 4u * OUT_STRIDE * i + 1u]) + bias_high;
+            out[at] = bitcast<vec4u>(old[2u * i] + low);
+            out[at + 1u] = bitcast<vec4u>(old[2u * i + 1u] + high);
+        }
+        return;
+    }
+    for (var i = 0u; i < OUT_ROWS; i++) {
+        if (row + 4u * i >= params.rows) { return; }
+        var low = bitcast<vec4f>(arena[sums + 4u * OUT_STRIDE * i]) + bias_low;
+        var high = bitcast<vec4f>(arena[sums + 4u * OUT_STRIDE * i + 1u]) + bias_high;
+        if (EPILOGUE == BIAS_GELU) {
+            low = gelu_new(low);
+            high = gelu_new(high);
+        }
+        out[(row + 4u * i) * params.columns8 + out8] = vec4u(
+            pack2x16float(low.xy), pack2x16float(low.zw), pack2x16float(high.xy), pack2x16float(high.zw),
+        );
     }
 }
 
@@ -57,6 +83,23 @@ fn main(
     let first_column = workgroup.x * TILE_COLUMNS;
     let sub_row = subgroup / SUBGROUPS_N * 64u;
     let sub_column = subgroup % SUBGROUPS_N * 64u;
+
+    // Four lanes load a row of x. Of each eight lanes, which write at the same time, the second four have the row four
+    // further down: it lies in the other half of the banks.
+    let x_row = lane / 32u * 8u + lane / 4u % 2u * 4u + lane / 8u % 4u;
+    let x_slot = x_row * X_STRIDE + lane % INNER8;
+    let w_slot = W_STAGE + lane / COLUMNS8 * W_STRIDE + lane % COLUMNS8;
+    // Rows and columns outside repeat the last: what becomes of them is not stored.
+    var x_at = array<u32, X_LOADS>();
+    for (var i = 0u; i < X_LOADS; i++) {
+        x_at[i] = min(first_row + x_row + i * X_LOAD_ROWS, params.rows - 1u) * params.inner8 + lane % INNER8;
+    }
+    var w_at = lane / COLUMNS8 * params.columns8 + min(first_column / 8u + lane % COLUMNS8, params.columns8 - 1u);
+    let w_step = W_LOAD_ROWS * params.columns8;
+    var x_next = array<vec4u, X_LOADS>();
+    var w_next = array<vec4u, W_LOADS>();
+    for (var i = 0u; i < X_LOADS; i++) { x_next[i] = x[x_at[i]]; }
+    for (var i = 0u; i < W_LOADS; i++) { w_next[i] = w[w_at + i * w_step]; }
 
     var c00 = Sum();
     var c01 = Sum();
@@ -74,99 +117,81 @@ fn main(
     var c31 = Sum();
     var c32 = Sum();
     var c33 = Sum();
-    var x_next = array<vec4u, X_LOADS>();
-    var w_next = array<vec4u, W_LOADS>();
-    for (var i = 0u; i < X_LOADS; i++) {
-        let at = lane + i * LANES;
-        x_next[i] = load_x(first_row + at / (TILE_INNER / 8u), at % (TILE_INNER / 8u));
-    }
-    for (var i = 0u; i < W_LOADS; i++) {
-        let at = lane + i * LANES;
-        w_next[i] = load_w(at / (TILE_COLUMNS / 8u), first_column / 8u + at % (TILE_COLUMNS / 8u));
-    }
-
-    var stage = 0u;
-    for (var inner = 0u; inner < 8u * params.inner8; inner += TILE_INNER) {
-        let x_stage = stage * (X_STAGE + W_STAGE);
-        let w_stage = x_stage + X_STAGE;
+    let steps = params.inner8 / INNER8;
+    for (var step = 1u; step <= steps; step++) {
+        for (var i = 0u; i < X_LOADS; i++) { arena[x_slot + i * X_LOAD_ROWS * X_STRIDE] = x_next[i]; }
+        for (var i = 0u; i < W_LOADS; i++) { arena[w_slot + i * W_LOAD_ROWS * W_STRIDE] = w_next[i]; }
+        workgroupBarrier();
+        // The last step loads its own tiles again: loads in a branch would have their registers copied every step.
         for (var i = 0u; i < X_LOADS; i++) {
-            let at = lane + i * LANES;
-            arena[x_stage + at / (TILE_INNER / 8u) * X_STRIDE + at % (TILE_INNER / 8u)] = x_next[i];
+            x_at[i] += select(0u, INNER8, step < steps);
+            x_next[i] = x[x_at[i]];
         }
-        for (var i = 0u; i < W_LOADS; i++) {
-            let at = lane + i * LANES;
-            arena[w_stage + at / (TILE_COLUMNS / 8u) * W_STRIDE + at % (TILE_COLUMNS / 8u)] = w_next[i];
+        w_at += select(0u, TILE_INNER * params.columns8, step < steps);
+        for (var i = 0u; i < W_LOADS; i++) { w_next[i] = w[w_at + i * w_step]; }
+        for (var k = 0u; k < TILE_INNER / 16u; k++) {
+            let x_sub = sub_row * X_STRIDE + 2u * k;
+            let w_sub = W_STAGE + 16u * k * W_STRIDE + sub_column / 8u;
+            let w0 = subgroupMatrixLoad<Right, row_major>(&arena, w_sub + 0u, W_STRIDE);
+            let w1 = subgroupMatrixLoad<Right, row_major>(&arena, w_sub + 2u, W_STRIDE);
+            let w2 = subgroupMatrixLoad<Right, row_major>(&arena, w_sub + 4u, W_STRIDE);
+            let w3 = subgroupMatrixLoad<Right, row_major>(&arena, w_sub + 6u, W_STRIDE);
+            let x0 = subgroupMatrixLoad<Left, row_major>(&arena, x_sub + 0u * X_STRIDE, X_STRIDE);
+            c00 = multiply(x0, w0, c00);
+            c01 = multiply(x0, w1, c01);
+            c02 = multiply(x0, w2, c02);
+            c03 = multiply(x0, w3, c03);
+            let x1 = subgroupMatrixLoad<Left, row_major>(&arena, x_sub + 16u * X_STRIDE, X_STRIDE);
+            c10 = multiply(x1, w0, c10);
+            c11 = multiply(x1, w1, c11);
+            c12 = multiply(x1, w2, c12);
+            c13 = multiply(x1, w3, c13);
+            let x2 = subgroupMatrixLoad<Left, row_major>(&arena, x_sub + 32u * X_STRIDE, X_STRIDE);
+            c20 = multiply(x2, w0, c20);
+            c21 = multiply(x2, w1, c21);
+            c22 = multiply(x2, w2, c22);
+            c23 = multiply(x2, w3, c23);
+            let x3 = subgroupMatrixLoad<Left, row_major>(&arena, x_sub + 48u * X_STRIDE, X_STRIDE);
+            c30 = multiply(x3, w0, c30);
+            c31 = multiply(x3, w1, c31);
+            c32 = multiply(x3, w2, c32);
+            c33 = multiply(x3, w3, c33);
         }
         workgroupBarrier();
-        let next = inner + TILE_INNER;
-        for (var i = 0u; i < X_LOADS; i++) {
-            let at = lane + i * LANES;
-            x_next[i] = load_x(first_row + at / (TILE_INNER / 8u), next / 8u + at % (TILE_INNER / 8u));
-        }
-        for (var i = 0u; i < W_LOADS; i++) {
-            let at = lane + i * LANES;
-            w_next[i] = load_w(next + at / (TILE_COLUMNS / 8u), first_column / 8u + at % (TILE_COLUMNS / 8u));
-        }
-        for (var k = 0u; k < TILE_INNER / 16u; k++) {
-            let x_at = x_stage + sub_row * X_STRIDE + 2u * k;
-            let w_at = w_stage + 16u * k * W_STRIDE + sub_column / 8u;
-            let w0 = subgroupMatrixLoad<Right, row_major>(&arena, w_at + 0u, W_STRIDE);
-            let w1 = subgroupMatrixLoad<Right, row_major>(&arena, w_at + 2u, W_STRIDE);
-            let w2 = subgroupMatrixLoad<Right, row_major>(&arena, w_at + 4u, W_STRIDE);
-            let w3 = subgroupMatrixLoad<Right, row_major>(&arena, w_at + 6u, W_STRIDE);
-            let x0 = subgroupMatrixLoad<Left, row_major>(&arena, x_at + 0u * X_STRIDE, X_STRIDE);
-            c00 = subgroupMatrixMultiplyAccumulate(x0, w0, c00);
-            c01 = subgroupMatrixMultiplyAccumulate(x0, w1, c01);
-            c02 = subgroupMatrixMultiplyAccumulate(x0, w2, c02);
-            c03 = subgroupMatrixMultiplyAccumulate(x0, w3, c03);
-            let x1 = subgroupMatrixLoad<Left, row_major>(&arena, x_at + 16u * X_STRIDE, X_STRIDE);
-            c10 = subgroupMatrixMultiplyAccumulate(x1, w0, c10);
-            c11 = subgroupMatrixMultiplyAccumulate(x1, w1, c11);
-            c12 = subgroupMatrixMultiplyAccumulate(x1, w2, c12);
-            c13 = subgroupMatrixMultiplyAccumulate(x1, w3, c13);
-            let x2 = subgroupMatrixLoad<Left, row_major>(&arena, x_at + 32u * X_STRIDE, X_STRIDE);
-            c20 = subgroupMatrixMultiplyAccumulate(x2, w0, c20);
-            c21 = subgroupMatrixMultiplyAccumulate(x2, w1, c21);
-            c22 = subgroupMatrixMultiplyAccumulate(x2, w2, c22);
-            c23 = subgroupMatrixMultiplyAccumulate(x2, w3, c23);
-            let x3 = subgroupMatrixLoad<Left, row_major>(&arena, x_at + 48u * X_STRIDE, X_STRIDE);
-            c30 = subgroupMatrixMultiplyAccumulate(x3, w0, c30);
-            c31 = subgroupMatrixMultiplyAccumulate(x3, w1, c31);
-            c32 = subgroupMatrixMultiplyAccumulate(x3, w2, c32);
-            c33 = subgroupMatrixMultiplyAccumulate(x3, w3, c33);
-        }
-        stage = 1u - stage;
     }
-    workgroupBarrier();
 
     // Sums have no elements here: they go through workgroup memory, sixteen rows of each subgroup at a time.
     let out_stage = subgroup * OUT_STAGE;
+    let sums = out_stage + lane % 32u / 8u * OUT_STRIDE + 2u * (lane % 8u);
+    let out_row = first_row + sub_row + lane % 32u / 8u;
+    let out8 = (first_column + sub_column) / 8u + lane % 8u;
+    let bias_low = bias[2u * min(out8, params.columns8 - 1u)];
+    let bias_high = bias[2u * min(out8, params.columns8 - 1u) + 1u];
     subgroupMatrixStore<row_major>(&arena, out_stage + 0u, c00, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 4u, c01, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 8u, c02, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 12u, c03, OUT_STRIDE);
     workgroupBarrier();
-    finish(out_stage, first_row + sub_row + 0u, (first_column + sub_column) / 4u, lane % 32u);
+    finish(sums, out_row + 0u, out8, bias_low, bias_high);
     workgroupBarrier();
     subgroupMatrixStore<row_major>(&arena, out_stage + 0u, c10, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 4u, c11, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 8u, c12, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 12u, c13, OUT_STRIDE);
     workgroupBarrier();
-    finish(out_stage, first_row + sub_row + 16u, (first_column + sub_column) / 4u, lane % 32u);
+    finish(sums, out_row + 16u, out8, bias_low, bias_high);
     workgroupBarrier();
     subgroupMatrixStore<row_major>(&arena, out_stage + 0u, c20, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 4u, c21, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 8u, c22, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 12u, c23, OUT_STRIDE);
     workgroupBarrier();
-    finish(out_stage, first_row + sub_row + 32u, (first_column + sub_column) / 4u, lane % 32u);
+    finish(sums, out_row + 32u, out8, bias_low, bias_high);
     workgroupBarrier();
     subgroupMatrixStore<row_major>(&arena, out_stage + 0u, c30, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 4u, c31, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 8u, c32, OUT_STRIDE);
     subgroupMatrixStore<row_major>(&arena, out_stage + 12u, c33, OUT_STRIDE);
     workgroupBarrier();
-    finish(out_stage, first_row + sub_row + 48u, (first_column + sub_column) / 4u, lane % 32u);
-    workgroupBarrier();
+    finish(sums, out_row + 48u, out8, bias_low, bias_high);
 }
