@@ -30,11 +30,17 @@ interface Row {
   readonly tflops?: number | null;
   readonly peak_bytes?: number | null;
   readonly error?: string | null;
+  /** Of scores that did not fit. */
+  readonly needed_bytes?: number;
 }
 
 /** What one process measured; `error` says why it did not. */
 interface Measured {
   readonly process: string;
+  /** What the device did in that run, for comparison. */
+  readonly copy_gb_per_s?: number | null;
+  readonly peak_tflops?: number | null;
+  readonly peak_unit?: string;
   readonly rows: readonly Row[];
   readonly error?: string;
 }
@@ -45,8 +51,6 @@ interface Recorded {
 }
 
 const PHASES = ["attention", "gemm", "prefill"];
-/** The longest context at which a matrix of scores for each head still fits a large GPU. */
-const LONGEST_STANDARD = 16_384;
 /** `c_proj` comes last: it is a part of another's name. */
 const GEMMS = ["c_attn", "c_fc", "mlp_c_proj", "c_proj"];
 /** The exit code of a peer's script that finds nothing to run on. */
@@ -61,7 +65,8 @@ function runOurs(args: readonly string[]): Measured {
     ? {}
     : { error: ran.stderr?.toString().trim() || `ended with ${ran.status ?? ran.signal}` };
   try {
-    return { ...started, rows: JSON.parse(ran.stdout.toString()).rows ?? [], ...failure };
+    const { rows = [], copy_gb_per_s, peak_tflops, peak_unit } = JSON.parse(ran.stdout.toString());
+    return { ...started, copy_gb_per_s, peak_tflops, peak_unit, rows, ...failure };
   } catch {
     return { ...started, error: "printed no JSON", ...failure };
   }
@@ -94,7 +99,6 @@ function runPeer(shape: string, contexts: string): Recorded["peer"] {
 
 function measure(shape: string, contexts: string): Recorded {
   const common = ["--model-shape", shape];
-  const standard = contexts.split(",").filter((context) => tokensOf(context) <= LONGEST_STANDARD).join();
   const attention = [...common, "--phases", "attention", "--attention"];
   const ours = [
     runOurs([
@@ -108,17 +112,10 @@ function measure(shape: string, contexts: string): Recorded {
       "--dtype",
       "f16",
     ]),
-    ...standard === "" ? [] : [runOurs([...attention, "standard", "--contexts", standard, "--dtype", "f16"])],
+    runOurs([...attention, "standard", "--contexts", contexts, "--dtype", "f16"]),
     runOurs([...attention, "flash", "--contexts", contexts, "--dtype", "f32"]),
   ];
   return { ours, peer: runPeer(shape, contexts) };
-}
-
-/** `16k` is 16,384. */
-function tokensOf(text: string): number {
-  const match = /^(\d+)([kK]?)$/.exec(text);
-  if (!match) throw new Error(`--contexts: ${text} is not a number of tokens such as 4096 or 4k`);
-  return Number(match[1]) * (match[2] ? 1024 : 1);
 }
 
 /** Which matrix product a row is of; empty for the other phases. */
@@ -154,7 +151,8 @@ function formatRate({ phase, ms, tflops, tokens_per_s: tokens }: Row): string {
 function formatCell(row: Row | undefined, metric: Metric): string {
   if (!row) return "-";
   if (!row.ms) {
-    return /out of memory|does not fit|do not fit/i.test(row.error ?? "") ? "does not fit" : "failed";
+    const isFull = row.needed_bytes !== undefined || /out of memory|does not fit/i.test(row.error ?? "");
+    return isFull ? "does not fit" : "failed";
   }
   return metric(row);
 }

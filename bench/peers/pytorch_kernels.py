@@ -15,6 +15,8 @@ import sys
 import time
 import warnings
 
+# The folder of this script holds a pytorch.py, which a library that asks whether there is a `pytorch` would run.
+sys.path.pop(0)
 try:
     import torch
     import torch.nn.functional as F
