@@ -230,7 +230,9 @@ describe("bench", () => {
         }
         expect(row.ms).toBeNull();
         expect(row.largest_difference).toBeGreaterThan(row.tolerance!);
-        expect(row.error).toMatch(/^\S+ and \S+( \(.+\))? differ by [\d.e+-]+ of a row's largest value, allowed is /);
+        expect(row.error).toMatch(
+          /^\S+ and \S+( \(.+\))? differ by [\d.e+-]+ of a row's largest value, allowed is /,
+        );
         expect(row.error).toContain(kernel.split("/")[0]!);
       }
     });
