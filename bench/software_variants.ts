@@ -91,7 +91,7 @@ const rows = [
     [
       op(tiledMatmul, { ...tile, unroll: true }),
       op(tiledMatmul, { ...tile, unroll: false }),
-      op(subgroupMatmul, { ...matmul, subgroup, unroll: false }),
+      op(subgroupMatmul, { ...matmul, subgroup, tileRows: 4 * subgroup, unroll: false }),
     ],
     matmulProblem(2),
     matmulProblem(TOKENS),

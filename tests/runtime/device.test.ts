@@ -170,7 +170,7 @@ describe("capabilities", () => {
 });
 
 describe("kernels made of subgroup operations", () => {
-  const eight = { elem: "f32", epilogue: "bias", unroll: false, subgroup: 8 } as const;
+  const eight = { elem: "f32", epilogue: "bias", unroll: false, subgroup: 8, tileRows: 8 } as const;
   const onSubgroups = (subgroupMinSize: number, subgroupMaxSize: number) =>
     supports(subgroupMatmul, eight, { ...shared.caps, subgroupMinSize, subgroupMaxSize });
 

@@ -57,7 +57,7 @@ export interface SubgroupAttentionVariant {
   readonly elem: Elem;
   readonly heads: number;
   readonly headDim4: number;
-  /** Lanes of the device's subgroups, 4 or 8: queries of a workgroup, and keys of a group. */
+  /** Lanes of the device's subgroups, 4 or 8: half the queries of a workgroup, and half the keys of a group. */
   readonly subgroup: number;
   /** See `shared/trips.wgsl`. */
   readonly unroll: boolean;
@@ -186,7 +186,10 @@ export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionP
   }),
   workgroupBytes: () => 0,
   workgroupInvocations: (v) => v.subgroup,
-  grid: (v, p) => [Math.ceil(p.qLen / v.subgroup), p.range.heads, 1],
+  grid(v, p) {
+    const tile = 2 * v.subgroup; // queries, and vectors of an output row
+    return [Math.ceil(p.qLen / tile), p.range.heads, Math.ceil(v.headDim4 / tile)];
+  },
 };
 
 /** Candidates in order of preference; `unroll` is false on software adapters only. */

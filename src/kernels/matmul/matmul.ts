@@ -44,8 +44,10 @@ export interface GemvVariant extends MatmulVariant {
 }
 
 export interface SubgroupVariant extends MatmulVariant {
-  /** Lanes of the device's subgroups, 4 or 8: rows of a tile, and a quarter of its columns. */
+  /** Lanes of the device's subgroups, 4 or 8: a quarter of a tile's columns. */
   readonly subgroup: number;
+  /** One or four for each lane. */
+  readonly tileRows: number;
 }
 
 /** A workgroup of `subgroupsM × subgroupsN` subgroups, each with a tile of 64×64. */
@@ -149,10 +151,10 @@ export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   name: "matmul/subgroup",
   sources: [bindings, epilogue, store, { file: "matmul/subgroup.wgsl", text: subgroupText }, tripsHelper],
   ...common,
-  header: (v) => ({ ...header(v, {}), subgroup: v.subgroup }),
+  header: (v) => ({ ...header(v, { TILE_ROWS: v.tileRows }), subgroup: v.subgroup }),
   workgroupBytes: () => 0,
   workgroupInvocations: (v) => v.subgroup,
-  grid: (v, p) => [Math.ceil(p.columns / (4 * v.subgroup)), Math.ceil(p.rows / v.subgroup), 1],
+  grid: (v, p) => [Math.ceil(p.columns / (4 * v.subgroup)), Math.ceil(p.rows / v.tileRows), 1],
 };
 
 /**
@@ -166,7 +168,11 @@ export function matmulCandidates(
   unroll: boolean,
   isWide: boolean,
 ): Op<MatmulProblem>[] {
-  const forSoftware = [8, 4].map((subgroup) => op(subgroupMatmul, { elem, epilogue, unroll, subgroup }));
+  const forSoftware = [8, 4].flatMap((subgroup) =>
+    [4 * subgroup, subgroup].map((tileRows) =>
+      op(subgroupMatmul, { elem, epilogue, unroll, subgroup, tileRows })
+    )
+  );
   return [
     ...(unroll ? [] : forSoftware),
     ...(elem === "f16" && isWide ? [op(subgroupMatrixMatmul, subgroupMatrixVariant(epilogue))] : []),
