@@ -1,5 +1,12 @@
 import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
-import { type HeadRange, KV_BLOCK, kvBlocks, tripsHelper, unrollConst } from "../shared/shared.ts";
+import {
+  type HeadRange,
+  KV_BLOCK,
+  kvBlocks,
+  subgroupRows,
+  tripsHelper,
+  unrollConst,
+} from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import registerTiledText from "./register_tiled.wgsl" with { type: "text" };
 import subgroupMatrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
@@ -177,7 +184,13 @@ export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, Fla
 /** The same on software Vulkan. */
 export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionProblem> = {
   name: "flash_attention/subgroup",
-  sources: [bindings, { file: "flash_attention/subgroup.wgsl", text: subgroupText }, kvBlocks, tripsHelper],
+  sources: [
+    bindings,
+    { file: "flash_attention/subgroup.wgsl", text: subgroupText },
+    kvBlocks,
+    subgroupRows,
+    tripsHelper,
+  ],
   ...common,
   header: (v) => ({
     aliases: { elem: v.elem },

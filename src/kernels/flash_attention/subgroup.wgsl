@@ -6,8 +6,6 @@
 
 // Of 2 · SUBGROUP keys; of the vectors, the first SUBGROUP / 2 are used.
 alias Scores = array<vec4f, 4>;
-// Four columns of SUBGROUP queries.
-alias Rows = array<vec4f, 8>;
 
 fn low_scores(q: vec4f, key: vec4f) -> vec4f {
     return vec4f(
@@ -110,13 +108,6 @@ fn scale(rows: ptr<function, Rows>, factor: f32) {
     }
 }
 
-// Takes the first row off and moves the others up.
-fn pop_row(rows: ptr<function, Rows>) -> vec4f {
-    let r = *rows;
-    *rows = Rows(r[1], r[2], r[3], r[4], r[5], r[6], r[7], vec4f(0.0));
-    return r[0];
-}
-
 fn store(query: u32, head: u32, column4: u32, o: vec4f) {
     if (query < params.q_len && column4 < HEAD_DIM4) {
         out[(query * HEADS + head) * HEAD_DIM4 + column4] = vec4<elem>(o);
@@ -139,6 +130,7 @@ fn main(
     let left4 = workgroup.z * 2u * SUBGROUP + lane;
     let right4 = left4 + SUBGROUP;
 
+    // Four columns of SUBGROUP queries each.
     var left0: Rows;
     var left1: Rows;
     var right0: Rows;

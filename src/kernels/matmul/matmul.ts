@@ -1,5 +1,5 @@
 import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
-import { tripsHelper, unrollConst } from "../shared/shared.ts";
+import { subgroupRows, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
@@ -149,7 +149,14 @@ function matrixTile({ subgroupsM, subgroupsN }: SubgroupMatrixVariant) {
 /** The same for any number of rows, on software Vulkan. */
 export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   name: "matmul/subgroup",
-  sources: [bindings, epilogue, store, { file: "matmul/subgroup.wgsl", text: subgroupText }, tripsHelper],
+  sources: [
+    bindings,
+    epilogue,
+    store,
+    { file: "matmul/subgroup.wgsl", text: subgroupText },
+    subgroupRows,
+    tripsHelper,
+  ],
   ...common,
   header: (v) => ({ ...header(v, { TILE_ROWS: v.tileRows }), subgroup: v.subgroup }),
   workgroupBytes: () => 0,

@@ -5,10 +5,6 @@
 // registers, and a broadcast is one instruction. All loads stand before the arithmetic, whose half-done sums would
 // otherwise be saved around each branch. Sums run over `inner` in ascending order, as in tiled.wgsl, to the same bits.
 
-// Of SUBGROUP rows. Indices are constants throughout: a variable one is a load or store for every lane, and as much
-// again to compile.
-alias Rows = array<vec4f, 8>;
-
 fn add_row(sum: vec4f, a: vec4f, w0: vec4f, w1: vec4f, w2: vec4f, w3: vec4f) -> vec4f {
     return fma(vec4f(a.w), w3, fma(vec4f(a.z), w2, fma(vec4f(a.y), w1, fma(vec4f(a.x), w0, sum))));
 }
@@ -25,13 +21,6 @@ fn add_rows(sums: ptr<function, Rows>, a: vec4f, w0: vec4f, w1: vec4f, w2: vec4f
         (*sums)[6] = add_row((*sums)[6], subgroupBroadcast(a, 6u), w0, w1, w2, w3);
         (*sums)[7] = add_row((*sums)[7], subgroupBroadcast(a, 7u), w0, w1, w2, w3);
     }
-}
-
-// Takes the first row off and moves the others up.
-fn pop_row(rows: ptr<function, Rows>) -> vec4f {
-    let r = *rows;
-    *rows = Rows(r[1], r[2], r[3], r[4], r[5], r[6], r[7], vec4f(0.0));
-    return r[0];
 }
 
 @compute @workgroup_size(SUBGROUP)

@@ -2,6 +2,7 @@
 import type { Grid, ShaderFile } from "../../runtime/kernel.ts";
 import foldedGridText from "./folded_grid.wgsl" with { type: "text" };
 import kvBlocksText from "./kv_blocks.wgsl" with { type: "text" };
+import subgroupRowsText from "./subgroup_rows.wgsl" with { type: "text" };
 import tripsText from "./trips.wgsl" with { type: "text" };
 import workgroupSumText from "./workgroup_sum.wgsl" with { type: "text" };
 
@@ -9,6 +10,8 @@ export const foldedGrid: ShaderFile = { file: "shared/folded_grid.wgsl", text: f
 export const workgroupSum: ShaderFile = { file: "shared/workgroup_sum.wgsl", text: workgroupSumText };
 
 export const kvBlocks: ShaderFile = { file: "shared/kv_blocks.wgsl", text: kvBlocksText };
+
+export const subgroupRows: ShaderFile = { file: "shared/subgroup_rows.wgsl", text: subgroupRowsText };
 
 export const tripsHelper: ShaderFile = { file: "shared/trips.wgsl", text: tripsText };
 
