@@ -2,6 +2,7 @@
 import process from "node:process";
 import { runBench } from "./src/cli/bench.ts";
 import { runGenerate } from "./src/cli/generate.ts";
+import { runGenerateBatch } from "./src/cli/generate_batch.ts";
 import { runInfo } from "./src/cli/info.ts";
 import { runInspect } from "./src/cli/inspect.ts";
 import { type Options, parseOptions } from "./src/cli/options.ts";
@@ -12,7 +13,7 @@ import { LongformError } from "./src/runtime/errors.ts";
 async function run(options: Options): Promise<number> {
   switch (options.command) {
     case "generate":
-      return await runGenerate(options);
+      return await (options.prompts === undefined ? runGenerate(options) : runGenerateBatch(options));
     case "score":
       return await runScore(options);
     case "bench":

@@ -18,7 +18,14 @@ import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { abortOnInterrupt, chooseElem, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
+import {
+  abortOnInterrupt,
+  chooseElem,
+  inFlightOf,
+  modelFolder,
+  noteChoices,
+  openCommandDevice,
+} from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeResult } from "./output.ts";
 import { runtimeName, VERSION } from "./version.ts";
@@ -208,6 +215,7 @@ async function measureModel(
         elem,
         // Speed does not depend on positions, and lengths beyond the model's are worth measuring.
         positions: { mode: "repeat", nPositions: config.nPositions, context },
+        decoding: { sequences: 1, inFlight: inFlightOf(gpu) },
         kernels: options.kernels,
         onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
       });

@@ -1,5 +1,6 @@
 /** `generate`: a prompt in, streamed text out. */
 import { type GPT2Config, readConfig } from "../model/config.ts";
+import type { DecoderOptions } from "../model/decoder.ts";
 import { type FinishReason, generate, type Prompt } from "../model/generation.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Positions } from "../model/positions.ts";
@@ -21,6 +22,7 @@ import {
   chooseElem,
   choosePositions,
   hasFile,
+  inFlightOf,
   loadModel,
   modelFolder,
   openCommandDevice,
@@ -39,10 +41,24 @@ import {
 import { PromptSession, type SessionReport } from "./prompt_session.ts";
 import { formatProfile, type Memory, memoryReport, type Timings } from "./report.ts";
 
-interface LogprobEntry {
+export interface LogprobEntry {
   readonly id: number;
   readonly token: string;
   readonly logprob: number;
+}
+
+/** What `--json` says of a token's probability, and of the likeliest ones in its place. */
+export type TokenLogprobs = LogprobEntry & { readonly top: readonly LogprobEntry[] };
+
+/** The same with the tokens' texts. */
+export function namedLogprobs(
+  tokenizer: GPT2Tokenizer | undefined,
+  id: number,
+  logprob: number,
+  top: readonly TokenLogprob[],
+): TokenLogprobs {
+  const named = (entry: TokenLogprob) => ({ ...entry, token: tokenizer?.decode([entry.id]) ?? "" });
+  return { ...named({ id, logprob }), top: top.map(named) };
 }
 
 /** What `--json` prints. */
@@ -52,7 +68,7 @@ interface GenerateReport {
   readonly tokens: readonly number[];
   readonly finish_reason: FinishReason;
   readonly seed: number;
-  readonly logprobs?: readonly (LogprobEntry & { readonly top: readonly LogprobEntry[] })[];
+  readonly logprobs?: readonly TokenLogprobs[];
   readonly session?: SessionReport;
   readonly profile?: readonly KernelTime[];
   readonly timings: Timings;
@@ -73,6 +89,17 @@ interface PreparedPrompt {
   readonly knownTokens: () => number;
   /** Milliseconds spent on the prompt's tokens so far. */
   readonly tokenizeMs: () => number | null;
+}
+
+/** How tokens are drawn. */
+export function drawingOf(options: GenerateOptions): DecoderOptions {
+  const { temperature, topK, topP, minP, repeatPenalty, logprobs } = options;
+  return { sampling: { temperature, topK, topP, minP, repeatPenalty }, logprobs };
+}
+
+/** The seed that was asked for, or a random one. */
+export function seedOf({ seed }: GenerateOptions): number {
+  return seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!;
 }
 
 /** Runs the command. @returns the exit code: 0, or 130 when it was interrupted */
@@ -157,7 +184,13 @@ async function runOnDevice(
     ? undefined
     : await PromptSession.open(options.session, { source, config, elem, positions, isQuiet: options.quiet });
   try {
-    const needs = { elem, context, positions, scoring: false };
+    const needs = {
+      elem,
+      context,
+      positions,
+      decoding: { sequences: 1, inFlight: options.inFlight ?? inFlightOf(gpu), logprobs: options.logprobs },
+      expected: { promptTokens: prepared.promptTokens(), drawing: drawingOf(options) },
+    };
     const { model, loadMs, profiler } = await loadModel(gpu, source, config, needs, options, progress);
     try {
       const prompt = await session?.begin(model, prepared.tokens, progress) ??
@@ -248,18 +281,18 @@ async function stream(
   options: GenerateOptions,
   progress: ProgressLine,
 ): Promise<StreamResult> {
-  const seed = options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!;
-  const { temperature, topK, topP, minP, repeatPenalty } = options;
+  const seed = seedOf(options);
+  const { sampling, logprobs: wantedLogprobs } = drawingOf(options);
   const { controller, stop } = abortOnInterrupt(() => progress.clear());
   const output = new TextOutput(!options.json);
   const starting = performance.now();
   const cached = prompt.cached.length;
   const generation = generate(model, prompt, tokenizer?.bytesOf.bind(tokenizer), {
     maxTokens: options.maxTokens,
-    sampling: { temperature, topK, topP, minP, repeatPenalty, seed },
+    sampling: { ...sampling, seed },
     stop: options.stop,
     eosIds: options.ignoreEos ? [] : model.config.eosTokenId,
-    logprobs: options.logprobs,
+    logprobs: wantedLogprobs,
     signal: controller.signal,
     onPrefillProgress: (done) => {
       const total = promptTokens();
@@ -274,11 +307,7 @@ async function stream(
 
   let prefill: { tokens: number; ms: number } | undefined;
   const tokens: number[] = [];
-  const logprobs: (LogprobEntry & { top: LogprobEntry[] })[] = [];
-  const named = (entry: TokenLogprob): LogprobEntry => ({
-    ...entry,
-    token: tokenizer?.decode([entry.id]) ?? "",
-  });
+  const logprobs: TokenLogprobs[] = [];
   let firstTokenAt: number | undefined;
   try {
     for (;;) {
@@ -303,7 +332,7 @@ async function stream(
       }
       const { id, text, logprob, top } = next.value;
       tokens.push(id);
-      if (logprob !== undefined && top) logprobs.push({ ...named({ id, logprob }), top: top.map(named) });
+      if (logprob !== undefined && top) logprobs.push(namedLogprobs(tokenizer, id, logprob, top));
       if (tokenizer) output.emit(text);
       else if (!options.json) output.emit(`${tokens.length > 1 ? " " : ""}${id}`); // ids are the result then
       if (output.isPipeClosed) controller.abort();

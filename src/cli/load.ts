@@ -5,7 +5,7 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { explainChoices } from "../kernels/index.ts";
 import type { GPT2Config } from "../model/config.ts";
-import { Gpt2, tooManyPositions } from "../model/gpt2.ts";
+import { Gpt2, type Gpt2Options, tooManyPositions } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
 import type { TextTokens } from "../model/token_source.ts";
@@ -18,6 +18,16 @@ import { Profiler } from "../runtime/profiler.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
 import { formatChoices } from "./report.ts";
+
+/** Results of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
+const IN_FLIGHT = 8;
+/** On a CPU there is nothing to hide, and what is under way at the end is lost. */
+const SOFTWARE_IN_FLIGHT = 2;
+
+/** What `--in-flight` is by default. */
+export function inFlightOf({ caps }: Gpu): number {
+  return caps.isSoftware ? SOFTWARE_IN_FLIGHT : IN_FLIGHT;
+}
 
 const DEFAULT_MODEL = new URL("../../weights/classics-16k", import.meta.url);
 
@@ -106,11 +116,10 @@ export function noteChoices(
   writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps, kernels)));
 }
 
-export interface ModelOptions {
+export interface ModelOptions extends Pick<Gpt2Options, "decoding" | "expected" | "scoring"> {
   readonly elem: Elem;
   readonly context: number;
   readonly positions: Positions;
-  readonly scoring: boolean;
 }
 
 export interface LoadedModel {

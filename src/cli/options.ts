@@ -38,6 +38,10 @@ export interface GenerateOptions extends RunOptions {
   /** The positional prompt; `-` is standard input. */
   readonly prompt: string | undefined;
   readonly file: string | undefined;
+  /** A file of prompts, to be generated from together. */
+  readonly prompts: string | undefined;
+  /** Prompts that are decoded together at most; undefined for the device's default. */
+  readonly batch: number | undefined;
   readonly session: string | undefined;
   readonly maxTokens: number;
   readonly temperature: number;
@@ -50,6 +54,8 @@ export interface GenerateOptions extends RunOptions {
   readonly stop: readonly string[];
   readonly ignoreEos: boolean;
   readonly logprobs: number | undefined;
+  /** Tokens that may be drawn ahead of those that have come back; undefined for the device's default. */
+  readonly inFlight: number | undefined;
 }
 
 export interface ScoreOptions extends RunOptions {
@@ -257,6 +263,16 @@ const COMMANDS = {
     positional: { name: "prompt", least: 0, most: 1 },
     options: [
       { flags: "-f, --file <path>", description: "Read the prompt from a UTF-8 file", convert: text },
+      {
+        flags: "--prompts <path>",
+        description: "Read many prompts, one a line or JSONL with a prompt and an id, and write JSONL",
+        convert: text,
+      },
+      {
+        flags: "--batch <n>",
+        description: "With --prompts: prompts to decode together, 1 to 256 (default: 32, on a CPU 4)",
+        convert: number((n) => Number.isSafeInteger(n) && n >= 1 && n <= 256, "a whole number from 1 to 256"),
+      },
       ...RUN,
       {
         flags: "--session <path>",
@@ -314,11 +330,17 @@ const COMMANDS = {
         description: "With --json: log-probabilities of each token and of the k likeliest",
         convert: integer(0),
       },
+      {
+        flags: "--in-flight <n>",
+        description: "Tokens that the GPU may be at work on at a time, 1 to 64 (default: 8, on a CPU 2)",
+        convert: number((n) => Number.isSafeInteger(n) && n >= 1 && n <= 64, "a whole number from 1 to 64"),
+      },
     ],
     examples: [
       'longform generate "It was the best of times" -n 60 --seed 1',
       "longform generate -f chapter.txt -n 200 --temperature 0 --json",
       "longform generate -f book.txt -n 200 --session book.session",
+      "longform generate --prompts prompts.jsonl -n 100 > continued.jsonl",
     ],
   },
   score: {
@@ -681,6 +703,8 @@ function typedGenerate(
     command: "generate",
     prompt: positionals[0],
     file: optional("--file"),
+    prompts: optional("--prompts"),
+    batch: optional("--batch"),
     session: optional("--session"),
     maxTokens: optional("--max-tokens") ?? 128,
     temperature: optional("--temperature") ?? 0.8,
@@ -692,10 +716,19 @@ function typedGenerate(
     stop: get("--stop") as string[],
     ignoreEos: get("--ignore-eos") !== 0,
     logprobs: optional("--logprobs"),
+    inFlight: optional("--in-flight"),
   };
-  const sources = [options.prompt, options.file, options.ids].filter((source) => source !== undefined);
-  if (sources.length > 1) {
-    throw new UsageError("There are several prompts: give one of a prompt, `--file` and `--ids`");
+  const sources = [options.prompt, options.file, options.ids, options.prompts];
+  if (sources.filter((source) => source !== undefined).length > 1) {
+    throw new UsageError(
+      "There are several prompts: give one of a prompt, `--file`, `--ids` and `--prompts`",
+    );
+  }
+  if (options.prompts !== undefined && options.session !== undefined) {
+    throw new UsageError("`--session` is for a single prompt: leave it or `--prompts` away");
+  }
+  if (options.batch !== undefined && options.prompts === undefined) {
+    throw new UsageError("`--batch` is for many prompts: give them with `--prompts`");
   }
   if (options.prompt === "") {
     throw new UsageError("The prompt is empty", { hint: "give at least one character" });

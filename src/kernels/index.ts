@@ -6,30 +6,36 @@ import type { GpuBuffer } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, UsageError } from "../runtime/errors.ts";
 import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
-import type { Recorder } from "../runtime/pass.ts";
+import type { Dispatcher } from "../runtime/pass.ts";
 import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
 import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
+import { splitKvCandidates, type SplitKvProblem } from "./flash_decode/flash_decode.ts";
 import {
-  combineSplits,
-  type FlashDecodeProblem,
-  flashDecodeVariants,
-  splitKvAttention,
-  type SplitKvProblem,
-} from "./flash_decode/flash_decode.ts";
+  gemvCandidates,
+  layerNormGemv,
+  type LayerNormGemvProblem,
+  mergeGemv,
+  plainGemv,
+} from "./gemv/gemv.ts";
 import { kvAppend, type KvAppendProblem } from "./kv_append/kv_append.ts";
 import { layerNorm, type LayerNormProblem } from "./layer_norm/layer_norm.ts";
 import { type LmHeadProblem, manyRowsCandidates, oneRowCandidates } from "./lm_head/lm_head.ts";
 import {
   type Epilogue,
   EPILOGUES,
-  gemv,
-  gemvVariants,
   matmulCandidates,
   type MatmulProblem,
   smallMatmulCandidates,
 } from "./matmul/matmul.ts";
 import { nllCandidates, type NllProblem } from "./nll/nll.ts";
-import type { HeadRange } from "./shared/shared.ts";
+import {
+  drawCandidates,
+  type DrawProblem,
+  greedyCandidates,
+  logprobsCandidates,
+  type LogprobsProblem,
+} from "./sampling/sampling.ts";
+import { type HeadRange, mostSplits } from "./shared/shared.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
 export interface KernelShape {
@@ -39,6 +45,8 @@ export interface KernelShape {
   readonly headDim4: number;
   /** Width of the MLP's hidden layer, padding included. */
   readonly inner: number;
+  /** Sequences that are decoded together. */
+  readonly sequences: number;
   /** Constant trip counts in hot loops: true but for software adapters (`shared/trips.wgsl`). */
   readonly unroll: boolean;
 }
@@ -57,13 +65,16 @@ interface RoleProblems {
   readonly smallMatmulBias: MatmulProblem;
   readonly smallMatmulBiasGelu: MatmulProblem;
   readonly smallMatmulResidual: MatmulProblem;
-  readonly gemvBias: MatmulProblem;
-  readonly gemvBiasGelu: MatmulProblem;
-  readonly gemvResidual: MatmulProblem;
   readonly kvAppend: KvAppendProblem;
   readonly attention: FlashAttentionProblem;
-  readonly decode: SplitKvProblem;
-  readonly combine: FlashDecodeProblem;
+  readonly decodeQkv: LayerNormGemvProblem;
+  readonly decodeAttention: SplitKvProblem;
+  readonly decodeProjection: MatmulProblem;
+  readonly decodeHidden: LayerNormGemvProblem;
+  readonly decodeOutput: MatmulProblem;
+  readonly greedy: DrawProblem;
+  readonly draw: DrawProblem;
+  readonly logprobs: LogprobsProblem;
   readonly lmHeadOne: LmHeadProblem;
   readonly lmHeadMany: LmHeadProblem;
   readonly nll: NllProblem;
@@ -71,13 +82,16 @@ interface RoleProblems {
 
 /** For every role the kernels with their variants that could fill it, in order of preference. */
 export function candidates(shape: KernelShape): { readonly [R in Role]: readonly Op<RoleProblems[R]>[] } {
-  const { elem, width, heads, headDim4, inner, unroll } = shape;
+  const { elem, width, heads, headDim4, inner, sequences, unroll } = shape;
   const width4 = Math.ceil(width / 4);
   // What tensor-core kernels take.
   const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 32 === 0);
   const matmuls = (epilogue: Epilogue) => matmulCandidates(elem, epilogue, unroll, isWide);
-  const gemvs = (epilogue: Epilogue) => gemvVariants(elem, epilogue, unroll).map((v) => op(gemv, v));
-  const decodes = flashDecodeVariants(elem, heads, headDim4, unroll);
+  const rows = { rows: sequences, unroll };
+  const fromStream = (epilogue: Epilogue) =>
+    gemvCandidates(layerNormGemv, { elem, epilogue, inner: 4 * width4, width }, rows);
+  const toStream = { elem, epilogue: "residual" } as const;
+  const merging = { heads, headDim4, maxSplits: mostSplits(sequences) };
   return {
     tokenRows: [op(tokenRows, { elem, width4 })],
     positionRows: [op(positionRows, { elem, width4 })],
@@ -89,13 +103,20 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     smallMatmulBias: smallMatmulCandidates(elem, "bias", unroll),
     smallMatmulBiasGelu: smallMatmulCandidates(elem, "bias_gelu", unroll),
     smallMatmulResidual: smallMatmulCandidates(elem, "residual", unroll),
-    gemvBias: gemvs("bias"),
-    gemvBiasGelu: gemvs("bias_gelu"),
-    gemvResidual: gemvs("residual"),
     kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
     attention: attentionCandidates(elem, heads, headDim4, unroll),
-    decode: decodes.map((v) => op(splitKvAttention, v)),
-    combine: decodes.map((v) => op(combineSplits, v)),
+    decodeQkv: fromStream("bias"),
+    decodeAttention: splitKvCandidates(elem, heads, headDim4, unroll, merging.maxSplits),
+    decodeProjection: gemvCandidates(
+      mergeGemv,
+      { ...toStream, inner: 4 * heads * headDim4, ...merging },
+      rows,
+    ),
+    decodeHidden: fromStream("bias_gelu"),
+    decodeOutput: gemvCandidates(plainGemv, { ...toStream, inner }, rows),
+    greedy: greedyCandidates(unroll),
+    draw: drawCandidates(unroll),
+    logprobs: logprobsCandidates(unroll),
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),
     nll: nllCandidates(unroll),
@@ -215,9 +236,36 @@ export interface KvView {
   readonly blocks: number;
 }
 
+/** The same with the tables of several sequences, `[sequences, tableBlocks]`. */
+export interface BatchKvView extends KvView {
+  readonly tableBlocks: number;
+}
+
 /** Rows of a table too large for one binding, in several buffers of whole rows. */
 export interface RowPiece extends RowRange {
   readonly buffer: GpuBuffer;
+}
+
+/** What the attention of decoding reads and leaves, besides the cache. */
+export interface DecodeBuffers {
+  /** `[sequences, 3, heads, headDim]` */
+  readonly qkv: GpuBuffer;
+  /** `[sequences]` of `Sequence` (`shared/sequences.wgsl`) */
+  readonly sequences: GpuBuffer;
+  /** `[sequences, mostSplits, heads, headDim]`, f32 */
+  readonly partialOut: GpuBuffer;
+  /** `[sequences, mostSplits, heads, 2]`, f32 */
+  readonly partialMl: GpuBuffer;
+}
+
+/** What drawing tokens reads and writes; the kernels of `sampling` say what each holds. */
+export interface DrawBuffers {
+  readonly seen: GpuBuffer;
+  readonly sequences: GpuBuffer;
+  readonly places: GpuBuffer;
+  readonly nextTokens: GpuBuffer;
+  readonly results: GpuBuffer;
+  readonly logprobs: GpuBuffer;
 }
 
 export interface Linear {
@@ -240,40 +288,68 @@ const SMALL_TILE_ROWS = 32;
 
 /** Role of a matmul by how many rows it has. */
 const MATMUL_ROLES = {
-  bias: { large: "matmulBias", small: "smallMatmulBias", one: "gemvBias" },
-  bias_gelu: { large: "matmulBiasGelu", small: "smallMatmulBiasGelu", one: "gemvBiasGelu" },
-  residual: { large: "matmulResidual", small: "smallMatmulResidual", one: "gemvResidual" },
+  bias: { large: "matmulBias", small: "smallMatmulBias" },
+  bias_gelu: { large: "matmulBiasGelu", small: "smallMatmulBiasGelu" },
+  residual: { large: "matmulResidual", small: "smallMatmulResidual" },
 } as const satisfies Record<keyof typeof EPILOGUES, Record<string, Role>>;
 
 /** The role of a matrix product over this many rows. */
 export function matmulRole(epilogue: Epilogue, rows: number) {
-  const { large, small, one } = MATMUL_ROLES[epilogue];
-  return rows === 1 ? one : rows <= SMALL_TILE_ROWS ? small : large;
+  const { large, small } = MATMUL_ROLES[epilogue];
+  return rows <= SMALL_TILE_ROWS ? small : large;
 }
 
-/** The kernels of one model on one device: chosen and compiled when made, then called by the graph. */
+/** Roles of running chunks of a prompt through the layers. */
+export function prefillRoles(chunks: Iterable<number>): Role[] {
+  const roles = new Set<Role>(["tokenRows", "positionRows", "layerNorm", "kvAppend", "attention"]);
+  for (const rows of chunks) {
+    for (const epilogue of Object.keys(EPILOGUES) as Epilogue[]) roles.add(matmulRole(epilogue, rows));
+  }
+  return [...roles];
+}
+
+/** Roles of the output head over this many rows. */
+export function headRoles(rows: number): Role[] {
+  return ["finalNorm", rows === 1 ? "lmHeadOne" : "lmHeadMany"];
+}
+
+/** Roles of a step of decoding, without those that draw the next token. */
+export function decodeRoles(sequences: number): Role[] {
+  const layers = [
+    "decodeQkv",
+    "decodeAttention",
+    "decodeProjection",
+    "decodeHidden",
+    "decodeOutput",
+  ] as const;
+  return ["tokenRows", "positionRows", ...layers, ...headRoles(sequences)];
+}
+
+/** The kernels of one model on one device: chosen when made, compiled when they are wanted, called by the graph. */
 export class ModelKernels {
+  readonly #gpu: Gpu;
   readonly #shape: KernelShape;
   readonly #chosen: ChosenKernels;
-  /** Resolves when every pipeline is compiled. */
-  readonly compiled: Promise<void>;
 
-  /**
-   * Starts compiling all the pipelines at once; weights can load meanwhile.
-   * @throws UsageError and DoesNotFitError as `chooseKernels`
-   */
+  /** @throws UsageError and DoesNotFitError as `chooseKernels` */
   constructor(gpu: Gpu, shape: KernelShape, forced?: ForcedKernels) {
+    this.#gpu = gpu;
     this.#shape = shape;
     this.#chosen = chooseKernels(shape, gpu.caps, forced);
-    const chosen: readonly Op<never>[] = Object.values(this.#chosen);
-    const compiling = chosen.map(({ kernel, variant }) => gpu.pipelines.prepare(kernel, variant));
-    this.compiled = Promise.all(compiling).then(() => undefined);
-    this.compiled.catch(() => {});
+  }
+
+  /** Compiles what fills these roles, all of them at once; at no cost what is compiled already. */
+  async prepare(roles: Iterable<Role>): Promise<void> {
+    const compiling = Array.from(roles, (role) => {
+      const { kernel, variant } = this.#chosen[role] as Op<never>;
+      return this.#gpu.pipelines.prepare(kernel, variant);
+    });
+    await Promise.all(compiling);
   }
 
   /** `x[count, width] = wte[id] + wpe[place]` of `tokens`, which `packToken` lays out. */
   embed(
-    r: Recorder,
+    r: Dispatcher,
     tokens: GpuBuffer,
     wte: readonly RowPiece[],
     wpe: readonly RowPiece[],
@@ -288,26 +364,26 @@ export class ModelKernels {
   }
 
   /** `out[rows, width]`, as wide as the stored elements. */
-  layerNorm(r: Recorder, x: GpuBuffer, norm: Norm, out: GpuBuffer, rows: number): void {
+  layerNorm(r: Dispatcher, x: GpuBuffer, norm: Norm, out: GpuBuffer, rows: number): void {
     const { gain, shift, epsilon } = norm;
     this.#run(r, "layerNorm", { rows, firstRow: 0, epsilon }, { x, gain, shift, out });
   }
 
   /** The same in f32, from row `firstRow` on: what the output head reads. */
-  finalNorm(r: Recorder, x: GpuBuffer, norm: Norm, out: GpuBuffer, firstRow: number, rows: number): void {
+  finalNorm(r: Dispatcher, x: GpuBuffer, norm: Norm, out: GpuBuffer, firstRow: number, rows: number): void {
     const { gain, shift, epsilon } = norm;
     this.#run(r, "finalNorm", { rows, firstRow, epsilon }, { x, gain, shift, out });
   }
 
   /** `out[rows, columns] = epilogue(x · w + bias)` */
-  matmul(r: Recorder, x: GpuBuffer, layer: Linear, out: GpuBuffer, rows: number, epilogue: Epilogue): void {
+  matmul(r: Dispatcher, x: GpuBuffer, layer: Linear, out: GpuBuffer, rows: number, epilogue: Epilogue): void {
     const { w, bias, inner, columns } = layer;
     const buffers = { x, w, bias, out };
     this.#run(r, matmulRole(epilogue, rows), { rows, inner, columns }, buffers);
   }
 
   /** Appends the keys and values in `qkv[tokens, 3, heads, headDim]` to the cache. */
-  appendKv(r: Recorder, qkv: GpuBuffer, kv: KvView, p: { tokens: number; firstPosition: number }): void {
+  appendKv(r: Dispatcher, qkv: GpuBuffer, kv: KvView, p: { tokens: number; firstPosition: number }): void {
     const { blocks, table } = kv;
     for (const { range, k, v } of kv.parts) {
       this.#run(r, "kvAppend", { ...p, blocks, range }, { qkv, block_table: table, k, v });
@@ -316,7 +392,7 @@ export class ModelKernels {
 
   /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own. */
   attention(
-    r: Recorder,
+    r: Dispatcher,
     qkv: GpuBuffer,
     kv: KvView,
     out: GpuBuffer,
@@ -328,26 +404,87 @@ export class ModelKernels {
     }
   }
 
-  /** Attention of one query over `kvLen` keys, split over the device and merged. */
-  decodeAttention(
-    r: Recorder,
-    qkv: GpuBuffer,
-    kv: KvView,
-    scratch: { partialOut: GpuBuffer; partialMl: GpuBuffer },
+  /** `qkv[rows, 3, heads, headDim]` or `hidden[rows, inner]` of decoded tokens: a product behind a layer norm. */
+  normedGemv(
+    r: Dispatcher,
+    x: GpuBuffer,
+    norm: Norm,
+    layer: Linear,
     out: GpuBuffer,
-    p: { kvLen: number; scale: number },
+    rows: number,
+    epilogue: "bias" | "bias_gelu",
   ): void {
-    const { blocks, table } = kv;
-    const partial = { partial_out: scratch.partialOut, partial_ml: scratch.partialMl };
+    const { gain, shift, epsilon } = norm;
+    const { w, bias, inner, columns } = layer;
+    const role = epilogue === "bias" ? "decodeQkv" : "decodeHidden";
+    this.#run(r, role, { rows, inner, columns, epsilon }, { x, gain, shift, w, bias, out });
+  }
+
+  /** `x[rows, width] += hidden[rows, inner] · w + bias` for decoded tokens. */
+  outputGemv(r: Dispatcher, hidden: GpuBuffer, layer: Linear, x: GpuBuffer, rows: number): void {
+    const { w, bias, inner, columns } = layer;
+    this.#run(r, "decodeOutput", { rows, inner, columns }, { x: hidden, w, bias, out: x });
+  }
+
+  /**
+   * Appends a key and a value to each sequence, and attends from its one query to all of them, in slices that
+   * `mergedGemv` puts together.
+   */
+  decodeAttention(
+    r: Dispatcher,
+    buffers: DecodeBuffers,
+    kv: BatchKvView,
+    p: { sequences: number; scale: number },
+  ): void {
+    const { qkv, sequences, partialOut, partialMl } = buffers;
+    const { blocks, tableBlocks, table } = kv;
     for (const { range, k, v } of kv.parts) {
-      this.#run(r, "decode", { ...p, blocks, range }, { qkv, k, v, block_table: table, ...partial });
+      this.#run(r, "decodeAttention", { ...p, blocks, tableBlocks, range }, {
+        qkv,
+        k,
+        v,
+        block_table: table,
+        sequences,
+        partial_out: partialOut,
+        partial_ml: partialMl,
+      });
     }
-    this.#run(r, "combine", { ...p, blocks }, { ...partial, out });
+  }
+
+  /** `x[rows, width] += attention · w + bias`, of the slices that `decodeAttention` left. */
+  mergedGemv(r: Dispatcher, buffers: DecodeBuffers, layer: Linear, x: GpuBuffer, rows: number): void {
+    const { w, bias, inner, columns } = layer;
+    const { sequences, partialOut, partialMl } = buffers;
+    this.#run(r, "decodeProjection", { rows, inner, columns }, {
+      partial_out: partialOut,
+      partial_ml: partialMl,
+      sequences,
+      w,
+      bias,
+      out: x,
+    });
+  }
+
+  /** Draws the next token of some sequences from their rows of logits, and makes everything ready for it to run. */
+  draw(r: Dispatcher, logits: GpuBuffer, buffers: DrawBuffers, p: DrawProblem): void {
+    const { seen, sequences, places, nextTokens, results } = buffers;
+    const role = p.temperature === 0 ? "greedy" : "draw";
+    this.#run(r, role, p, { logits, seen, sequences, places, tokens: nextTokens, results });
+  }
+
+  /** The log-probabilities of the tokens that `draw` has drawn and of the likeliest ones. */
+  logprobs(
+    r: Dispatcher,
+    logits: GpuBuffer,
+    { results, logprobs }: Pick<DrawBuffers, "results" | "logprobs">,
+    p: LogprobsProblem,
+  ): void {
+    this.#run(r, "logprobs", p, { logits, results, logprobs });
   }
 
   /** `logits[rows, vocab] = x[rows, width] · headᵀ` */
   lmHead(
-    r: Recorder,
+    r: Dispatcher,
     x: GpuBuffer,
     head: readonly RowPiece[],
     logits: GpuBuffer,
@@ -365,7 +502,7 @@ export class ModelKernels {
 
   /** `nll[firstRow + r] = log Σ exp(logits[r]) - logits[r, targets[firstRow + r]]` for `rows` rows of logits. */
   nll(
-    r: Recorder,
+    r: Dispatcher,
     logits: GpuBuffer,
     targets: GpuBuffer,
     nll: GpuBuffer,
@@ -375,7 +512,7 @@ export class ModelKernels {
   }
 
   #run<R extends Role>(
-    r: Recorder,
+    r: Dispatcher,
     role: R,
     problem: RoleProblems[R],
     buffers: Readonly<Record<string, GpuBuffer>>,

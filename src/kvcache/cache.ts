@@ -7,18 +7,26 @@
  *
  * Position p is row `p % KV_BLOCK` of block `table[floor(p / KV_BLOCK)]`; one table serves all layers and heads. The
  * kernels accept any table; a new cache takes its blocks in order, so that neighbours in position are neighbours in
- * memory. Rows at `length` and beyond are undefined.
+ * memory. Rows at `length` and beyond are undefined. Several sequences share the pool of blocks, each with a table and a
+ * length of its own; methods are about the first unless they are given another.
  *
  * Bytes and element counts here pass 2³² (gpt2-xl at 64K has 20 GB of keys and values): they are JavaScript numbers,
  * exact up to 2⁵³. What a shader computes stays below: it counts vectors within one binding.
  */
-import type { KvBuffers, KvView } from "../kernels/index.ts";
+import type { BatchKvView, KvBuffers, KvView } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { UploadRing } from "../runtime/upload_ring.ts";
-import { headBytes, headRowBytes, type KvBufferSpec, type KvLayout, partSpecs, tableSpec } from "./layout.ts";
+import {
+  headBytes,
+  headRowBytes,
+  type KvBufferSpec,
+  type KvLayout,
+  partSpecs,
+  tableSpecs,
+} from "./layout.ts";
 
 /** Bytes read back at a time. */
 const SLICE_BYTES = 4 << 20;
@@ -35,9 +43,11 @@ export class KvCache {
   readonly #gpu: Gpu;
   readonly #layout: KvLayout;
   readonly #order: Uint32Array;
-  readonly #table: GpuBuffer;
-  readonly #layers: readonly KvView[];
-  #length = 0;
+  /** Of all sequences, then of each. */
+  readonly #tables: readonly GpuBuffer[];
+  /** Keys and values of each layer. */
+  readonly #layers: readonly (readonly KvBuffers[])[];
+  readonly #lengths: number[];
   /** While `write` is under way. */
   #uploads: UploadRing | undefined;
 
@@ -45,22 +55,23 @@ export class KvCache {
     gpu: Gpu,
     layout: KvLayout,
     order: Uint32Array,
-    parts: { table: GpuBuffer; layers: readonly KvView[] },
+    parts: { tables: readonly GpuBuffer[]; layers: readonly (readonly KvBuffers[])[] },
   ) {
     this.#gpu = gpu;
     this.#layout = layout;
     this.#order = order;
-    this.#table = parts.table;
+    this.#tables = parts.tables;
     this.#layers = parts.layers;
+    this.#lengths = new Array(layout.sequences).fill(0);
   }
 
   /**
    * Allocates a cache.
-   * @param order the block table, a permutation of all blocks; in order when left out
+   * @param order the block tables of all sequences, a permutation of all blocks; in order when left out
    * @throws DoesNotFitError when the device has no memory for it, or cannot bind one head
    */
   static async create(gpu: Gpu, layout: KvLayout, order?: Uint32Array): Promise<KvCache> {
-    const { shape, blocks, ranges } = layout;
+    const { shape, blocks, sequenceBlocks, ranges } = layout;
     const table = order ?? Uint32Array.from({ length: blocks }, (_, block) => block);
     const created: GpuBuffer[] = [];
     const buffer = async ({ label, bytes }: KvBufferSpec) => {
@@ -69,32 +80,46 @@ export class KvCache {
       return made;
     };
     try {
-      const tableBuffer = await buffer(tableSpec(layout));
-      upload(tableBuffer, table as Uint32Array<ArrayBuffer>);
-      const layers: KvView[] = [];
+      const tables: GpuBuffer[] = [];
+      for (const [i, spec] of tableSpecs(layout).entries()) {
+        const own = i === 0 ? table : table.subarray((i - 1) * sequenceBlocks, i * sequenceBlocks);
+        tables.push(await buffer(spec));
+        upload(tables[i]!, own as Uint32Array<ArrayBuffer>);
+      }
+      const layers: (readonly KvBuffers[])[] = [];
       for (let i = 0; i < shape.layers; i++) {
         const parts: KvBuffers[] = [];
         for (const range of ranges) {
           const { k, v } = partSpecs(layout, i, range);
           parts.push({ range, k: await buffer(k), v: await buffer(v) });
         }
-        layers.push({ parts, table: tableBuffer, blocks });
+        layers.push(parts);
       }
-      return new KvCache(gpu, layout, table, { table: tableBuffer, layers });
+      return new KvCache(gpu, layout, table, { tables, layers });
     } catch (error) {
       for (const made of created) made.destroy();
       throw error;
     }
   }
 
-  /** Tokens in the cache. */
+  /** Tokens of the first sequence. */
   get length(): number {
-    return this.#length;
+    return this.lengthOf(0);
   }
 
-  /** Tokens it has room for: whole blocks. */
+  lengthOf(sequence: number): number {
+    const length = this.#lengths[sequence];
+    if (length === undefined) throw new RangeError(`The cache has no sequence ${sequence}`);
+    return length;
+  }
+
+  get sequences(): number {
+    return this.#layout.sequences;
+  }
+
+  /** Tokens that each sequence has room for: whole blocks. */
   get capacity(): number {
-    return this.#layout.blocks * KV_BLOCK;
+    return this.#layout.sequenceBlocks * KV_BLOCK;
   }
 
   get layers(): number {
@@ -114,30 +139,43 @@ export class KvCache {
     return this.#layout.shape.elem;
   }
 
-  layer(i: number): KvView {
-    const layer = this.#layers[i];
-    if (!layer) throw new RangeError(`The cache has no layer ${i}`);
-    return layer;
+  /** A layer as one sequence sees it. */
+  layer(i: number, sequence = 0): KvView {
+    const table = this.#tables[this.sequences === 1 ? sequence : 1 + sequence];
+    if (!table) throw new RangeError(`The cache has no sequence ${sequence}`);
+    return { parts: this.#parts(i), table, blocks: this.#layout.blocks };
+  }
+
+  /** A layer with the tables of all sequences, one after another. */
+  layerOfAll(i: number): BatchKvView {
+    const { blocks, sequenceBlocks } = this.#layout;
+    return { parts: this.#parts(i), table: this.#tables[0]!, blocks, tableBlocks: sequenceBlocks };
+  }
+
+  #parts(i: number): readonly KvBuffers[] {
+    const parts = this.#layers[i];
+    if (!parts) throw new RangeError(`The cache has no layer ${i}`);
+    return parts;
   }
 
   /** Counts tokens whose keys and values have been recorded for writing. */
-  advance(tokens: number): void {
-    if (this.#length + tokens > this.capacity) {
-      throw new RangeError(`${this.#length} + ${tokens} tokens are more than the cache's ${this.capacity}`);
+  advance(tokens: number, sequence = 0): void {
+    const length = this.lengthOf(sequence);
+    if (length + tokens > this.capacity) {
+      throw new RangeError(`${length} + ${tokens} tokens are more than the cache's ${this.capacity}`);
     }
-    this.#length += tokens;
+    this.#lengths[sequence] = length + tokens;
   }
 
   /** Forgets the tokens from `length` on; their rows are overwritten by what comes next. */
-  truncate(length: number): void {
-    if (length < 0 || length > this.#length) {
-      throw new RangeError(`Cannot cut ${this.#length} tokens to ${length}`);
-    }
-    this.#length = length;
+  truncate(length: number, sequence = 0): void {
+    const before = this.lengthOf(sequence);
+    if (length < 0 || length > before) throw new RangeError(`Cannot cut ${before} tokens to ${length}`);
+    this.#lengths[sequence] = length;
   }
 
   /**
-   * Reads back the keys or values of a layer's first tokens, `[heads, tokens, headDim]`.
+   * Reads back the keys or values of a layer's first tokens in the first sequence, `[heads, tokens, headDim]`.
    * @returns the bytes in order, in slices of a few MiB; a slice is valid until the next is asked for
    */
   async *read(layer: number, which: "k" | "v", tokens: number): AsyncGenerator<Uint8Array<ArrayBuffer>> {
@@ -188,8 +226,8 @@ export class KvCache {
 
   destroy(): void {
     this.#uploads?.destroy();
-    this.#table.destroy();
-    for (const { parts } of this.#layers) {
+    for (const table of this.#tables) table.destroy();
+    for (const parts of this.#layers) {
       for (const { k, v } of parts) {
         k.destroy();
         v.destroy();
@@ -207,7 +245,7 @@ export class KvCache {
   ): Generator<Segment> {
     const rowBytes = headRowBytes(this.#layout.shape);
     const blockBytes = KV_BLOCK * rowBytes;
-    const { parts } = this.layer(layer);
+    const parts = this.#parts(layer);
     for (let at = first; at < first + bytes;) {
       const head = Math.floor(at / (tokens * rowBytes));
       const inHead = at - head * tokens * rowBytes;

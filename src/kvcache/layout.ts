@@ -14,7 +14,11 @@ export interface KvCacheShape {
 
 export interface KvLayout {
   readonly shape: KvCacheShape;
-  /** Blocks of `KV_BLOCK` tokens that each head has room for. */
+  /** Sequences that share the cache. */
+  readonly sequences: number;
+  /** Blocks of `KV_BLOCK` tokens that each sequence has room for. */
+  readonly sequenceBlocks: number;
+  /** Blocks that each head has room for, those of all sequences. */
   readonly blocks: number;
   /** Heads by the buffer that they share. */
   readonly ranges: readonly HeadRange[];
@@ -41,9 +45,15 @@ export interface KvBufferSpec {
   readonly bytes: number;
 }
 
-/** The buffer of the block table. */
-export function tableSpec({ blocks }: KvLayout): KvBufferSpec {
-  return { label: "block table", bytes: 4 * blocks };
+/** The buffer of all sequences' block tables, and with several sequences one more for each. */
+export function tableSpecs({ sequences, sequenceBlocks, blocks }: KvLayout): KvBufferSpec[] {
+  const all = { label: "block table", bytes: 4 * blocks };
+  if (sequences === 1) return [all];
+  const own = (sequence: number) => ({
+    label: `block table of sequence ${sequence}`,
+    bytes: 4 * sequenceBlocks,
+  });
+  return [all, ...Array.from({ length: sequences }, (_, sequence) => own(sequence))];
 }
 
 /** The buffers of a layer's keys and values for a range of heads. */
@@ -59,11 +69,12 @@ export function partSpecs(
 }
 
 /**
- * Room for `context` tokens with as few, evenly filled buffers a layer as `maxBytes` allows.
+ * Room for `context` tokens of each sequence with as few, evenly filled buffers a layer as `maxBytes` allows.
  * @param maxBytes the most that one buffer may have; a single head may still exceed it, which the memory plan reports
  */
-export function kvLayout(shape: KvCacheShape, context: number, maxBytes: number): KvLayout {
-  const blocks = Math.ceil(context / KV_BLOCK);
+export function kvLayout(shape: KvCacheShape, context: number, maxBytes: number, sequences = 1): KvLayout {
+  const sequenceBlocks = Math.ceil(context / KV_BLOCK);
+  const blocks = sequences * sequenceBlocks;
   const most = Math.max(1, Math.floor(maxBytes / (blocks * KV_BLOCK * headRowBytes(shape))));
   const buffers = Math.ceil(shape.heads / most);
   const heads = Math.ceil(shape.heads / buffers);
@@ -71,5 +82,5 @@ export function kvLayout(shape: KvCacheShape, context: number, maxBytes: number)
     first: i * heads,
     heads: Math.min(heads, shape.heads - i * heads),
   }));
-  return { shape, blocks, ranges };
+  return { shape, sequences, sequenceBlocks, blocks, ranges };
 }

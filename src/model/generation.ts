@@ -1,6 +1,10 @@
-/** The generation loop: logits to tokens to text, one step at a time. */
+/**
+ * The generation loop: tokens come back from the GPU, which is some steps ahead, and become text. Where the text ends,
+ * what ran ahead is forgotten.
+ */
+import type { DrawnToken } from "./decoder.ts";
 import type { Gpt2, PrefillOptions } from "./gpt2.ts";
-import { createSampler, logSoftmaxTopK, type SamplingOptions, type TokenLogprob } from "./sampling.ts";
+import type { SamplingOptions } from "./sampling.ts";
 import { StopMatcher } from "./stop_matcher.ts";
 import type { TokenSource } from "./token_source.ts";
 import { StreamDecoder } from "./tokenizer.ts";
@@ -12,7 +16,7 @@ export interface Prompt {
   /** Tokens that are in the model's cache already. */
   readonly cached: ArrayLike<number>;
   /** The tokens behind them, or the logits after them when there are none. */
-  readonly rest: TokenSource | { readonly logits: Float32Array };
+  readonly rest: TokenSource | { readonly logits: Float32Array<ArrayBuffer> };
 }
 
 export interface GenerationOptions {
@@ -24,6 +28,8 @@ export interface GenerationOptions {
   readonly eosIds: readonly number[];
   /** Also report the log-probability of each token and of this many likeliest ones. */
   readonly logprobs?: number | undefined;
+  /** Results that may be under way at a time, at most what the model was loaded for, which is also the default. */
+  readonly inFlight?: number | undefined;
   /** Ends the generation, between two chunks of the prompt or before the next step, as an interruption. */
   readonly signal?: AbortSignal;
   readonly onPrefillProgress?: PrefillOptions["onProgress"];
@@ -31,16 +37,15 @@ export interface GenerationOptions {
   readonly onPrefilled?: (ids: readonly number[], logits: Float32Array) => Promise<void> | void;
 }
 
-export interface GeneratedToken {
-  readonly id: number;
+export interface GeneratedToken extends Omit<DrawnToken, "sequence"> {
   /** The text that this token completes: empty while a character or a possible stop text is unfinished. */
   readonly text: string;
-  readonly logprob?: number;
-  readonly top?: readonly TokenLogprob[];
 }
 
 /**
- * Generates behind a prompt. The last item may carry text without being the last token's alone: what was held back.
+ * Generates behind a prompt, in the model's first sequence. The last item may carry text without being the last token's
+ * alone: what was held back. Afterwards the cache holds the prompt and all tokens but the last, or all but the one that
+ * ended it.
  * @param bytesOf bytes of a token, or undefined to generate ids without text
  */
 export async function* generate(
@@ -50,40 +55,62 @@ export async function* generate(
   options: GenerationOptions,
 ): AsyncGenerator<GeneratedToken, { finishReason: FinishReason; heldBack: string }> {
   const { maxTokens, sampling, eosIds, logprobs } = options;
-  const sampler = createSampler(sampling);
-  const decoder = bytesOf && new StreamDecoder({ bytesOf });
-  const stops = new StopMatcher(options.stop);
+  const decoder = await model.decoder({ sampling, logprobs });
+  const text = new TextStream(bytesOf, options.stop);
   const seen = Array.from(prompt.cached);
-  const finish = (finishReason: FinishReason) => {
-    const tail = stops.push(decoder?.flush() ?? "");
-    return { finishReason, heldBack: tail.emit + (tail.stopped ? "" : stops.flush()) };
-  };
-
-  let logits: Float32Array;
+  let logits: Float32Array<ArrayBuffer> | undefined;
   try {
-    logits = "logits" in prompt.rest
-      ? prompt.rest.logits
-      : await model.prefill(remembering(prompt.rest, seen), {
-        signal: options.signal,
-        ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
-      });
-    await options.onPrefilled?.(seen, logits);
+    if ("logits" in prompt.rest) logits = prompt.rest.logits;
+    const last = logits ?? await model.prefill(remembering(prompt.rest as TokenSource, seen), {
+      signal: options.signal,
+      ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
+    });
+    await options.onPrefilled?.(seen, last);
   } catch (error) {
-    if (options.signal?.aborted && error === options.signal.reason) return finish("interrupt");
+    if (options.signal?.aborted && error === options.signal.reason) return text.finish("interrupt");
     throw error;
   }
-  for (let step = 0; step < maxTokens; step++) {
-    if (options.signal?.aborted) return finish("interrupt");
-    const id = sampler.next(logits, seen);
-    if (eosIds.includes(id)) return finish("eos");
-    seen.push(id);
-    const { emit, stopped } = stops.push(decoder?.push(id) ?? "");
-    yield { id, text: emit, ...(logprobs === undefined ? {} : logSoftmaxTopK(logits, logprobs, id)) };
-    if (stopped) return { finishReason: "stop", heldBack: "" };
-    if (model.length === model.context) break;
-    if (step + 1 < maxTokens) logits = await model.decodeStep(id);
+  // The last token of a full context is drawn, but nothing runs behind it.
+  const most = Math.min(maxTokens, model.context - model.length + 1);
+  const depth = Math.min(options.inFlight ?? decoder.mostInFlight, decoder.mostInFlight);
+  try {
+    if (most > 0) decoder.begin(0, seen, sampling.seed, logits);
+    for (let drawn = 0; drawn < most; drawn++) {
+      if (options.signal?.aborted) return text.finish("interrupt");
+      // One step more each time: the first tokens do not wait until many steps are handed over.
+      const ahead = Math.min(depth, drawn + 2, most - drawn);
+      while (decoder.inFlight < ahead) decoder.step();
+      const { sequence: _, ...token } = (await decoder.next())[0]!;
+      if (eosIds.includes(token.id)) return text.finish("eos");
+      const { emit, stopped } = text.push(token.id);
+      yield { ...token, text: emit };
+      if (stopped) return { finishReason: "stop", heldBack: "" };
+    }
+    return text.finish("length");
+  } finally {
+    await decoder.discard();
   }
-  return finish("length");
+}
+
+/** Tokens to the text that is certain. */
+export class TextStream {
+  readonly #decoder: StreamDecoder | undefined;
+  readonly #stops: StopMatcher;
+
+  /** @param bytesOf bytes of a token, or undefined for tokens without text */
+  constructor(bytesOf: ((id: number) => Uint8Array) | undefined, stop: readonly string[]) {
+    this.#decoder = bytesOf && new StreamDecoder({ bytesOf });
+    this.#stops = new StopMatcher(stop);
+  }
+
+  push(id: number): { emit: string; stopped: boolean } {
+    return this.#stops.push(this.#decoder?.push(id) ?? "");
+  }
+
+  finish(finishReason: FinishReason): { finishReason: FinishReason; heldBack: string } {
+    const tail = this.#stops.push(this.#decoder?.flush() ?? "");
+    return { finishReason, heldBack: tail.emit + (tail.stopped ? "" : this.#stops.flush()) };
+  }
 }
 
 /** Hands the tokens on and adds them to a list. */

@@ -3,23 +3,36 @@
  * graph in plain loops is in `reference.ts`.
  */
 import { packToken, TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
-import { type ForcedKernels, ModelKernels } from "../kernels/index.ts";
+import {
+  decodeRoles,
+  type ForcedKernels,
+  headRoles,
+  ModelKernels,
+  prefillRoles,
+  type Role,
+} from "../kernels/index.ts";
+import { packSequence } from "../kernels/shared/shared.ts";
 import { KvCache } from "../kvcache/cache.ts";
 import { allocate, type GpuBuffer, OutOfMemoryError, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, InputError } from "../runtime/errors.ts";
-import type { Elem } from "../runtime/kernel.ts";
-import { Recorder, type Tap } from "../runtime/pass.ts";
+import { createParameters, type Elem } from "../runtime/kernel.ts";
+import { type Dispatcher, DispatchList, Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
+import { Decoder, type DecoderOptions, type DecodingBuffers, drawRoles, packPositions } from "./decoder.ts";
 import {
   type ActivationName,
   checkFits,
   contextHint,
+  decodeParametersBytes,
+  type DecodingPlan,
   kernelShape,
   type MemoryPlan,
   planMemory,
+  type PlannedBuffer,
+  stepResultBytes,
 } from "./memory_plan.ts";
 import { exactPositions, positionLimit, positionPlace, type Positions } from "./positions.ts";
 import { tokensOf, type TokenSource } from "./token_source.ts";
@@ -35,6 +48,14 @@ export interface Gpt2Options {
   readonly positions?: Positions;
   /** Also allocate what `onNll` and `onLogits` need. */
   readonly scoring?: boolean;
+  /** Also allocate what `decoder` and `decodeStep` need. */
+  readonly decoding?: DecodingPlan | undefined;
+  /** What will probably run, to be compiled while the weights load; the rest is compiled when it is first wanted. */
+  readonly expected?: {
+    /** Tokens of the prompt; undefined for one of more than a chunk. */
+    readonly promptTokens?: number | undefined;
+    readonly drawing?: DecoderOptions;
+  };
   /** Tokens that go through the layers at a time, at most; the plan's choice when left out. */
   readonly chunkTokens?: number;
   readonly onLoad?: LoadProgress;
@@ -46,6 +67,8 @@ export interface Gpt2Options {
 }
 
 export interface PrefillOptions {
+  /** Which of the cache's sequences the tokens belong to; the first when left out. */
+  readonly sequence?: number;
   /** Ends the run between two chunks by throwing its reason; the tokens of the chunks before stay in the cache. */
   readonly signal?: AbortSignal | undefined;
   /** Called with the tokens of this call that the GPU has completed. */
@@ -72,12 +95,24 @@ interface Parts {
   readonly kernels: ModelKernels;
   readonly cache: KvCache;
   readonly activations: Activations;
-  /** Of the logits and, with `scoring`, of two chunks' likelihoods. */
-  readonly readbacks: readonly [Readback, ...Readback[]];
+  readonly decoding: DecodingParts | undefined;
+  readonly logitsReadback: Readback;
+  /** With `scoring`, of two chunks' likelihoods. */
+  readonly nllReadbacks: readonly Readback[];
   readonly weights: Gpt2Weights;
 }
 
-/** A model on a device with one sequence in its cache. */
+/** What decoding needs besides the activations. */
+interface DecodingParts {
+  readonly plan: DecodingPlan;
+  readonly buffers: DecodingBuffers;
+  /** Of the kernels of a step. */
+  readonly parameters: GpuBuffer;
+  /** One for each step in flight. */
+  readonly readbacks: readonly Readback[];
+}
+
+/** A model on a device with one sequence in its cache, or several that are decoded together. */
 export class Gpt2 {
   readonly config: GPT2Config;
   readonly elem: Elem;
@@ -91,10 +126,13 @@ export class Gpt2 {
   readonly #logitsReadback: Readback;
   /** Two: one chunk's likelihoods are read while the next chunk's are computed. None without `scoring`. */
   readonly #nllReadbacks: readonly Readback[];
+  readonly #decoding: DecodingParts | undefined;
   readonly #profiler: Profiler | undefined;
+  /** A step of decoding, made when it is first wanted. */
+  #decodeList: DispatchList | undefined;
 
   private constructor(gpu: Gpu, config: GPT2Config, options: Gpt2Options, parts: Parts) {
-    const { plan, kernels, cache, activations, readbacks, weights } = parts;
+    const { plan, kernels, cache, activations, decoding, weights } = parts;
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
@@ -104,8 +142,10 @@ export class Gpt2 {
     this.#kernels = kernels;
     this.#cache = cache;
     this.#activations = activations;
+    this.#decoding = decoding;
     this.#weights = weights;
-    [this.#logitsReadback, ...this.#nllReadbacks] = readbacks;
+    this.#logitsReadback = parts.logitsReadback;
+    this.#nllReadbacks = parts.nllReadbacks;
   }
 
   /**
@@ -120,30 +160,67 @@ export class Gpt2 {
     const planOptions = { ...options, untiedHead: !checkpoint.tiedLmHead };
     const plan = planMemory(config, planOptions, gpu.caps);
     checkFits(config, planOptions, plan, gpu.caps);
-    const kernels = new ModelKernels(gpu, kernelShape(config, elem, gpu.caps), options.kernels);
+    const { decoding } = options;
+    const kernels = new ModelKernels(
+      gpu,
+      kernelShape(config, elem, gpu.caps, decoding?.sequences),
+      options.kernels,
+    );
+    const compiled = kernels.prepare(expectedRoles(options, plan));
+    compiled.catch(() => {});
     const owned: { destroy(): void }[] = [];
     try {
       const cache = await KvCache.create(gpu, plan.kv, options.blockTable);
       owned.push(cache);
-      const activations = {} as Record<ActivationName, GpuBuffer>;
-      for (const [name, { label, bytes }] of Object.entries(plan.activations)) {
-        const buffer = await allocate(gpu, label, "activations", bytes);
-        owned.push(buffer);
-        activations[name as ActivationName] = buffer;
-      }
-      const readback = (label: string, bytes: number) => {
-        const made = new Readback(gpu, label, bytes);
-        owned.push(made);
-        return made;
+      const allocateAll = async <Name extends string>(planned: Readonly<Record<Name, PlannedBuffer>>) => {
+        const buffers = {} as Record<Name, GpuBuffer>;
+        for (const [name, { label, bytes }] of Object.entries<PlannedBuffer>(planned)) {
+          const buffer = await allocate(gpu, label, "activations", bytes);
+          owned.push(buffer);
+          buffers[name as Name] = buffer;
+        }
+        return buffers;
       };
-      const readbacks: [Readback, ...Readback[]] = [readback("logits", 4 * config.vocabSize)];
-      for (let turn = 0; options.scoring && turn < 2; turn++) {
-        readbacks.push(readback("negative log-likelihoods", 4 * plan.chunkTokens));
+      const activations = await allocateAll(plan.activations);
+      const decodingBuffers = plan.decoding && await allocateAll(plan.decoding);
+      const readbacks = (count: number, label: string, bytes: number) =>
+        Array.from({ length: count }, () => {
+          const made = new Readback(gpu, label, bytes);
+          owned.push(made);
+          return made;
+        });
+      const logitsReadback = readbacks(1, "logits", 4 * config.vocabSize)[0]!;
+      const nllReadbacks = readbacks(
+        options.scoring ? 2 : 0,
+        "negative log-likelihoods",
+        4 * plan.chunkTokens,
+      );
+      let decodingParts: DecodingParts | undefined;
+      if (decoding && decodingBuffers) {
+        const positions = options.positions ?? exactPositions(config.nPositions);
+        upload(decodingBuffers.places, packPositions(positions, plan.context));
+        const step = stepResultBytes(decoding);
+        decodingParts = {
+          plan: decoding,
+          buffers: decodingBuffers,
+          parameters: createParameters(gpu, decodeParametersBytes(config)),
+          readbacks: readbacks(decoding.inFlight, "drawn tokens", step.results + step.logprobs),
+        };
+        owned.push(decodingParts.parameters);
       }
       const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
       owned.push(weights);
-      await kernels.compiled;
-      return new Gpt2(gpu, config, options, { plan, kernels, cache, activations, readbacks, weights });
+      await compiled;
+      return new Gpt2(gpu, config, options, {
+        plan,
+        kernels,
+        cache,
+        activations,
+        decoding: decodingParts,
+        logitsReadback,
+        nllReadbacks,
+        weights,
+      });
     } catch (error) {
       for (const part of owned) part.destroy();
       if (!(error instanceof OutOfMemoryError)) throw error;
@@ -156,7 +233,7 @@ export class Gpt2 {
     }
   }
 
-  /** Tokens whose keys and values are in the cache. */
+  /** Tokens of the first sequence whose keys and values are in the cache. */
   get length(): number {
     return this.#cache.length;
   }
@@ -176,9 +253,9 @@ export class Gpt2 {
     return this.#cache;
   }
 
-  /** Forgets the tokens from `length` on, so that another continuation can follow. */
-  truncate(length: number): void {
-    this.#cache.truncate(length);
+  /** Forgets the tokens of a sequence from `length` on, so that another continuation can follow. */
+  truncate(length: number, sequence = 0): void {
+    this.#cache.truncate(length, sequence);
   }
 
   /** @throws InputError when the sequence cannot have `end` tokens */
@@ -205,6 +282,7 @@ export class Gpt2 {
     options: PrefillOptions = {},
   ): Promise<Float32Array> {
     const source = "take" in tokens ? tokens : tokensOf(tokens);
+    const { sequence = 0 } = options;
     const { chunkTokens: most } = this.#plan;
     const chunkTokens = Math.min(options.chunkTokens ?? most, most);
     const scores = options.onNll || options.onLogits
@@ -216,13 +294,14 @@ export class Gpt2 {
     let submitted: Promise<void> | undefined;
     for (;;) {
       options.signal?.throwIfAborted();
-      this.#upload(chunk);
+      await this.#kernels.prepare(prefillRoles([chunk.length]));
+      this.#upload(chunk, sequence);
       const r = this.#recorder("prefill", options.tap);
-      this.#recordLayers(r, chunk.length);
+      this.#recordLayers(r, chunk.length, sequence);
       r.submit();
       await this.#profiler?.collect();
       const next = await takeUnlessAborted(source, chunkTokens, options.signal);
-      if (next.length > 0) this.#checkId(next[0]!, this.#cache.length);
+      if (next.length > 0) this.#checkId(next[0]!, this.#cache.lengthOf(sequence));
       if (scores) await this.#score(scores, done, chunk, next[0]);
       const tokensRun = chunk.length;
       if (next.length === 0) break;
@@ -234,8 +313,10 @@ export class Gpt2 {
       done += tokensRun;
       chunk = next;
     }
+    await this.#kernels.prepare(headRoles(1));
     const r = this.#recorder("logits", options.tap);
-    this.#recordLogits(r, chunk.length - 1);
+    this.#recordHead(r, chunk.length - 1, 1, options.tap && ((final) => r.tap("ln_f", final)));
+    this.#copyLogits(r);
     r.submit();
     const logits = await this.#logitsReadback.read();
     await this.#profiler?.collect();
@@ -246,38 +327,72 @@ export class Gpt2 {
   }
 
   /**
-   * Appends one token.
+   * Appends one token to the first sequence.
    * @returns the logits after it, `[vocab]`
    */
   async decodeStep(id: number): Promise<Float32Array> {
-    this.#upload([id]);
+    const { buffers } = this.#requireDecoding();
+    const { length } = this.#cache;
+    this.checkRoom(length + 1);
+    upload(buffers.nextTokens, this.#packTokens([id], length));
+    upload(buffers.sequences, packSequence({ length, step: 0, seed: 0 }));
+    const step = await this.#decodeStepList();
     const r = this.#recorder("decode");
-    this.#recordLayers(r, 1);
-    this.#recordLogits(r, 0);
+    r.replay(step);
+    this.#copyLogits(r);
     r.submit();
+    this.#cache.advance(1);
     const logits = await this.#logitsReadback.read();
     await this.#profiler?.collect();
     return new Float32Array(logits);
+  }
+
+  /** What draws tokens on the GPU. Needs `decoding`. */
+  async decoder(options: DecoderOptions): Promise<Decoder> {
+    const decoding = this.#requireDecoding();
+    return await Decoder.create({
+      ...decoding,
+      gpu: this.#gpu,
+      config: this.config,
+      context: this.#plan.context,
+      kernels: this.#kernels,
+      cache: this.#cache,
+      profiler: this.#profiler,
+      logits: this.#activations.logits,
+      step: await this.#decodeStepList(),
+    }, options);
   }
 
   destroy(): void {
     this.#logitsReadback.destroy();
     for (const readback of this.#nllReadbacks) readback.destroy();
     for (const buffer of Object.values(this.#activations)) buffer.destroy();
+    for (const buffer of Object.values(this.#decoding?.buffers ?? {})) buffer.destroy();
+    this.#decoding?.parameters.destroy();
+    for (const readback of this.#decoding?.readbacks ?? []) readback.destroy();
     this.#cache.destroy();
     this.#weights.destroy();
   }
 
+  #requireDecoding(): DecodingParts {
+    if (!this.#decoding) throw new Error("Decoding needs a model that was loaded with `decoding`");
+    return this.#decoding;
+  }
+
   /** Checks tokens and puts them, with their positions, where the embedding reads them. */
-  #upload(ids: ArrayLike<number>): void {
-    const first = this.#cache.length;
+  #upload(ids: ArrayLike<number>, sequence: number): void {
+    const first = this.#cache.lengthOf(sequence);
     this.checkRoom(first + ids.length);
+    upload(this.#activations.tokens, this.#packTokens(ids, first));
+  }
+
+  #packTokens(ids: ArrayLike<number>, first: number): DataView<ArrayBuffer> {
     const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * ids.length));
     for (let t = 0; t < ids.length; t++) {
       this.#checkId(ids[t]!, first + t);
       packToken(packed, t, ids[t]!, positionPlace(this.#positions, first + t));
     }
-    upload(this.#activations.tokens, packed);
+    return packed;
   }
 
   #checkId(id: number, position: number): void {
@@ -287,31 +402,21 @@ export class Gpt2 {
   }
 
   /** The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`. */
-  #recordLayers(r: Recorder, tokens: number): void {
-    const { nLayer, headDim, scaleAttnWeights, scaleAttnByInverseLayerIdx } = this.config;
+  #recordLayers(r: Recorder, tokens: number, sequence: number): void {
     const { x, normed, qkv, attended, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
     const kernels = this.#kernels;
-    const firstPosition = this.#cache.length;
-    this.#cache.advance(tokens);
+    const firstPosition = this.#cache.lengthOf(sequence);
+    this.#cache.advance(tokens, sequence);
 
     kernels.embed(r, this.#activations.tokens, wte, wpe, x, tokens);
     r.tap("embedding", x);
-    for (let i = 0; i < nLayer; i++) {
-      const block = blocks[i]!;
-      const kv = this.#cache.layer(i);
-      const scale = (scaleAttnWeights ? 1 / Math.sqrt(headDim) : 1) /
-        (scaleAttnByInverseLayerIdx ? i + 1 : 1);
-
+    for (const [i, block] of blocks.entries()) {
+      const kv = this.#cache.layer(i, sequence);
       kernels.layerNorm(r, x, block.ln_1, normed, tokens);
       kernels.matmul(r, normed, block.c_attn, qkv, tokens, "bias");
       kernels.appendKv(r, qkv, kv, { tokens, firstPosition });
-      if (tokens === 1) {
-        const p = { kvLen: firstPosition + 1, scale };
-        kernels.decodeAttention(r, qkv, kv, this.#activations, attended, p);
-      } else {
-        kernels.attention(r, qkv, kv, attended, { qLen: tokens, firstPosition, scale });
-      }
+      kernels.attention(r, qkv, kv, attended, { qLen: tokens, firstPosition, scale: this.#scale(i) });
       kernels.matmul(r, attended, block.c_proj, x, tokens, "residual");
 
       kernels.layerNorm(r, x, block.ln_2, normed, tokens);
@@ -321,14 +426,52 @@ export class Gpt2 {
     }
   }
 
-  /** The output head for one row of `x`: no other row's logits are computed. */
-  #recordLogits(r: Recorder, row: number): void {
+  /** What the scores of a layer are multiplied with. */
+  #scale(layer: number): number {
+    const { headDim, scaleAttnWeights, scaleAttnByInverseLayerIdx } = this.config;
+    return (scaleAttnWeights ? 1 / Math.sqrt(headDim) : 1) / (scaleAttnByInverseLayerIdx ? layer + 1 : 1);
+  }
+
+  /**
+   * The same for one token of each sequence, from `nextTokens` to the logits: five dispatches a layer. What changes from
+   * step to step is in GPU memory, so the list is the same for all of them.
+   */
+  async #decodeStepList(): Promise<DispatchList> {
+    if (this.#decodeList) return this.#decodeList;
+    const { plan: { sequences }, buffers, parameters } = this.#requireDecoding();
+    const { x, qkv, hidden } = this.#activations;
+    const { wte, wpe, blocks } = this.#weights;
+    const kernels = this.#kernels;
+    await kernels.prepare(decodeRoles(sequences));
+    const list = new DispatchList(this.#gpu, parameters);
+    kernels.embed(list, buffers.nextTokens, wte, wpe, x, sequences);
+    for (const [i, block] of blocks.entries()) {
+      const attention = { qkv, ...buffers };
+      kernels.normedGemv(list, x, block.ln_1, block.c_attn, qkv, sequences, "bias");
+      kernels.decodeAttention(list, attention, this.#cache.layerOfAll(i), {
+        sequences,
+        scale: this.#scale(i),
+      });
+      kernels.mergedGemv(list, attention, block.c_proj, x, sequences);
+      kernels.normedGemv(list, x, block.ln_2, block.c_fc, hidden, sequences, "bias_gelu");
+      kernels.outputGemv(list, hidden, block.mlp_c_proj, x, sequences);
+    }
+    this.#recordHead(list, 0, sequences);
+    return this.#decodeList = list;
+  }
+
+  /** The output head for some rows of `x`: no other row's logits are computed. */
+  #recordHead(r: Dispatcher, firstRow: number, rows: number, onFinal?: (final: GpuBuffer) => void): void {
     const { x, final, logits } = this.#activations;
     const { ln_f, lm_head } = this.#weights;
-    this.#kernels.finalNorm(r, x, ln_f, final, row, 1);
-    r.tap("ln_f", final);
-    this.#kernels.lmHead(r, final, lm_head, logits, { rows: 1, vocab: this.config.vocabSize });
-    r.copy(logits, 0, this.#logitsReadback, 0, 4 * this.config.vocabSize);
+    this.#kernels.finalNorm(r, x, ln_f, final, firstRow, rows);
+    onFinal?.(final);
+    this.#kernels.lmHead(r, final, lm_head, logits, { rows, vocab: this.config.vocabSize });
+  }
+
+  /** Copies the first row of the logits to where the host reads it. */
+  #copyLogits(r: Recorder): void {
+    r.copy(this.#activations.logits, 0, this.#logitsReadback, 0, 4 * this.config.vocabSize);
   }
 
   /** Likelihoods and logits of a chunk's tokens, some rows at a time: never `[chunk, vocab]`. */
@@ -346,6 +489,7 @@ export class Gpt2 {
     const following = Uint32Array.from(chunk, (_, t) => chunk[t + 1] ?? next ?? 0);
     const scored = next === undefined ? chunk.length - 1 : chunk.length;
     upload(targets, following);
+    await kernels.prepare([...headRoles(1), ...headRoles(this.#plan.logitRows), "nll"]);
     let r = this.#recorder("score");
     for (let row = 0; row < chunk.length; row += this.#plan.logitRows) {
       const rows = Math.min(this.#plan.logitRows, chunk.length - row);
@@ -372,6 +516,20 @@ export class Gpt2 {
   #recorder(label: string, tap?: Tap): Recorder {
     return new Recorder(this.#gpu, label, { profiler: this.#profiler, tap });
   }
+}
+
+/** What a run is likely to need first. */
+function expectedRoles({ expected = {}, scoring, decoding }: Gpt2Options, plan: MemoryPlan): Role[] {
+  const { promptTokens = plan.chunkTokens, drawing } = expected;
+  const { chunkTokens, logitRows } = plan;
+  const chunks = [Math.min(promptTokens, chunkTokens), promptTokens % chunkTokens].filter((rows) => rows > 0);
+  return [
+    ...prefillRoles(chunks),
+    ...headRoles(1),
+    ...(scoring ? [...headRoles(logitRows), "nll" as const] : []),
+    ...(decoding ? decodeRoles(decoding.sequences) : []),
+    ...(drawing ? drawRoles(drawing) : []),
+  ];
 }
 
 /** What is said of a text beyond the positions, here and before anything runs. */

@@ -3,22 +3,22 @@
  * allocated afterwards is what it says, buffer by buffer.
  */
 import { TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
-import { decodeSplits } from "../kernels/flash_decode/flash_decode.ts";
 import { ATTENTION_ROWS, takesMatrices } from "../kernels/flash_attention/flash_attention.ts";
 import type { KernelShape } from "../kernels/index.ts";
-import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { logprobsBytes, PLACE_BYTES, RESULT_BYTES, seenBytes } from "../kernels/sampling/sampling.ts";
+import { KV_BLOCK, mostSplits, SEQUENCE_BYTES } from "../kernels/shared/shared.ts";
 import {
   kvBytesPerToken,
   type KvCacheShape,
   type KvLayout,
   kvLayout,
   partSpecs,
-  tableSpec,
+  tableSpecs,
 } from "../kvcache/layout.ts";
 import { bufferBytes, formatBytes, type Purpose } from "../runtime/buffers.ts";
 import type { Capabilities } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
-import { type Elem, sizeOf } from "../runtime/kernel.ts";
+import { type Elem, parametersBytes, sizeOf } from "../runtime/kernel.ts";
 import { UPLOAD_STAGE_BYTES, UPLOAD_STAGES } from "../runtime/upload_ring.ts";
 import type { GPT2Config } from "./config.ts";
 
@@ -68,10 +68,15 @@ export function kvShape(config: GPT2Config, elem: Elem): KvCacheShape {
 }
 
 /** What the kernels need to know of a model on a device. */
-export function kernelShape(config: GPT2Config, elem: Elem, caps: Capabilities): KernelShape {
+export function kernelShape(
+  config: GPT2Config,
+  elem: Elem,
+  caps: Pick<Capabilities, "isSoftware">,
+  sequences = 1,
+): KernelShape {
   const { heads, headDim4 } = kvShape(config, elem);
   const { inner } = paddedSizes(config);
-  return { elem, width: config.nEmbd, heads, headDim4, inner, unroll: !caps.isSoftware };
+  return { elem, width: config.nEmbd, heads, headDim4, inner, sequences, unroll: !caps.isSoftware };
 }
 
 /** The part of a device's capabilities that says what fits. */
@@ -79,14 +84,26 @@ export type MemoryLimits =
   & Pick<Capabilities, "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">
   & Partial<Pick<Capabilities, "subgroupMatrix">>;
 
+/** What a run that generates asks for. */
+export interface DecodingPlan {
+  /** Sequences that are decoded together. */
+  readonly sequences: number;
+  /** Steps that may be under way at a time. */
+  readonly inFlight: number;
+  /** Report the log-probability of each token and of this many likeliest ones. */
+  readonly logprobs?: number | undefined;
+}
+
 export interface PlanOptions {
-  /** Tokens to hold keys and values for. */
+  /** Tokens of each sequence to hold keys and values for. */
   readonly context: number;
   readonly elem: Elem;
   /** Also room for the logits of many rows at a time and their likelihoods. */
   readonly scoring?: boolean;
   /** Tokens that go through the layers at a time, at most; the plan's choice when left out. */
   readonly chunkTokens?: number;
+  /** Also room for generating; a run without it only reads. */
+  readonly decoding?: DecodingPlan | undefined;
   /** The output head is a table of its own. */
   readonly untiedHead?: boolean;
 }
@@ -106,6 +123,8 @@ export interface MemoryPlan {
   readonly logitRows: number;
   readonly kv: KvLayout;
   readonly activations: Readonly<Record<ActivationName, PlannedBuffer>>;
+  /** Undefined without `decoding`. */
+  readonly decoding: Readonly<Record<DecodingName, PlannedBuffer>> | undefined;
   /** Everything, the activations among it. */
   readonly buffers: readonly PlannedBuffer[];
   readonly bytes: Readonly<Record<Purpose, number>>;
@@ -121,12 +140,38 @@ export type ActivationName =
   | "qkv" // [chunk, 3, heads, headDim]
   | "attended" // [chunk, heads, headDim]
   | "hidden" // [chunk, inner]
-  | "partialOut" // [splits, heads, headDim] f32
-  | "partialMl" // [splits, heads, 2] f32
-  | "final" // [logitRows, width] f32, after ln_f
-  | "logits" // [logitRows, vocab] f32
+  | "final" // [logitRows, width] f32, after ln_f; a row for each decoded sequence at least
+  | "logits" // [logitRows, vocab] f32; the same
   | "targets" // [chunk] u32: the tokens that follow
   | "nll"; // [chunk] f32
+
+export type DecodingName =
+  | "sequences" // [sequences] Sequence
+  | "nextTokens" // [sequences, 3] u32, as tokens: what the next step runs
+  | "places" // [context, 2] u32: row of wpe and weight of each position
+  | "seen" // [sequences, vocab / 32] u32: a bit for each token that the repetition penalty applies to
+  | "partialOut" // [sequences, mostSplits, heads, headDim] f32
+  | "partialMl" // [sequences, mostSplits, heads, 2] f32
+  | "results" // [inFlight, sequences] Result
+  | "logprobs"; // [inFlight, sequences, 1 + logprobs, 2] u32
+
+/** Bytes that a step leaves for the host, the result of each sequence and then its log-probabilities. */
+export function stepResultBytes(
+  { sequences, logprobs }: DecodingPlan,
+): { results: number; logprobs: number } {
+  return {
+    results: RESULT_BYTES * sequences,
+    logprobs: logprobs === undefined ? 0 : logprobsBytes(logprobs) * sequences,
+  };
+}
+
+/**
+ * Bytes of the parameters of a decoding step's kernels: four products, and attention, which differs by the heads that
+ * share a buffer and, if the model's scale does, by layer.
+ */
+export function decodeParametersBytes({ nLayer, nHead, scaleAttnByInverseLayerIdx }: GPT2Config): number {
+  return parametersBytes(4 + nHead * (scaleAttnByInverseLayerIdx ? nLayer : 1));
+}
 
 /**
  * Plans a run; whether it fits is `checkFits`' question.
@@ -135,7 +180,7 @@ export type ActivationName =
 export function planMemory(config: GPT2Config, options: PlanOptions, limits: MemoryLimits): MemoryPlan {
   const { context, elem, scoring = false } = options;
   const most = mostBytes(limits);
-  const kv = kvLayout(kvShape(config, elem), context, most);
+  const kv = kvLayout(kvShape(config, elem), context, most, options.decoding?.sequences);
   const chunkTokens = chooseChunk(config, options, limits);
   const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
   const activations = planActivations(config, options, {
@@ -143,10 +188,12 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
     logitRows,
     queryRows: queryRows(chunkTokens, kv.shape, limits),
   });
+  const decoding = options.decoding && planDecoding(config, options, options.decoding);
   const buffers = [
     ...planWeights(config, options, most),
     ...planCache(kv),
     ...Object.values(activations),
+    ...Object.values(decoding ?? {}),
     ...planStaging(config, options, chunkTokens),
   ];
   const bytes: Record<Purpose, number> = { weights: 0, kv: 0, activations: 0, staging: 0 };
@@ -158,6 +205,7 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
     logitRows,
     kv,
     activations,
+    decoding,
     buffers,
     bytes,
     totalBytes: bytes.weights + bytes.kv + bytes.activations + bytes.staging,
@@ -200,32 +248,53 @@ function queryRows(chunkTokens: number, { elem, headDim4 }: KvCacheShape, limits
 
 function planActivations(
   config: GPT2Config,
-  { context, elem, scoring = false }: PlanOptions,
+  { elem, scoring = false, decoding }: PlanOptions,
   { chunkTokens, logitRows, queryRows }: { chunkTokens: number; logitRows: number; queryRows: number },
 ): Readonly<Record<ActivationName, PlannedBuffer>> {
   const { width, headsWidth, inner } = paddedSizes(config);
-  const splits = decodeSplits(context);
+  const sequences = decoding?.sequences ?? 1;
+  const rows = Math.max(chunkTokens, sequences);
+  const headRows = Math.max(logitRows, sequences);
   const stored = sizeOf(elem);
   const scored = scoring ? chunkTokens : 1;
   const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
   return {
     tokens: buffer("tokens", TOKEN_BYTES * chunkTokens),
-    x: buffer("residual stream", 4 * chunkTokens * width),
+    x: buffer("residual stream", 4 * rows * width),
     normed: buffer("layer norm", stored * chunkTokens * width),
-    qkv: buffer("qkv", stored * queryRows * 3 * headsWidth),
+    qkv: buffer("qkv", stored * Math.max(queryRows, sequences) * 3 * headsWidth),
     attended: buffer("attention", stored * chunkTokens * headsWidth),
-    hidden: buffer("mlp", stored * chunkTokens * inner),
-    partialOut: buffer("attention splits", 4 * splits * headsWidth),
-    partialMl: buffer("attention split statistics", 8 * splits * config.nHead),
-    final: buffer("final layer norm", 4 * logitRows * width),
-    logits: buffer("logits", 4 * logitRows * config.vocabSize),
+    hidden: buffer("mlp", stored * rows * inner),
+    final: buffer("final layer norm", 4 * headRows * width),
+    logits: buffer("logits", 4 * headRows * config.vocabSize),
     targets: buffer("targets", 4 * scored),
     nll: buffer("negative log-likelihoods", 4 * scored),
   };
 }
 
+function planDecoding(
+  config: GPT2Config,
+  { context }: PlanOptions,
+  decoding: DecodingPlan,
+): Readonly<Record<DecodingName, PlannedBuffer>> {
+  const { sequences, inFlight } = decoding;
+  const slices = sequences * mostSplits(sequences);
+  const step = stepResultBytes(decoding);
+  const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
+  return {
+    sequences: buffer("sequences", SEQUENCE_BYTES * sequences),
+    nextTokens: buffer("next tokens", TOKEN_BYTES * sequences),
+    places: buffer("places of positions", PLACE_BYTES * context),
+    seen: buffer("tokens seen", seenBytes(config.vocabSize) * sequences),
+    partialOut: buffer("attention splits", 4 * slices * paddedSizes(config).headsWidth),
+    partialMl: buffer("attention split statistics", 8 * slices * config.nHead),
+    results: buffer("drawn tokens", step.results * inFlight),
+    logprobs: buffer("log-probabilities", step.logprobs * inFlight),
+  };
+}
+
 function planCache(kv: KvLayout): PlannedBuffer[] {
-  const specs = [tableSpec(kv)];
+  const specs = tableSpecs(kv);
   for (let layer = 0; layer < kv.shape.layers; layer++) {
     for (const range of kv.ranges) {
       const { k, v } = partSpecs(kv, layer, range);
@@ -236,15 +305,20 @@ function planCache(kv: KvLayout): PlannedBuffer[] {
 }
 
 function planStaging(
-  { vocabSize }: GPT2Config,
-  { scoring = false }: PlanOptions,
+  config: GPT2Config,
+  { scoring = false, decoding }: PlanOptions,
   chunkTokens: number,
 ): PlannedBuffer[] {
+  const { vocabSize } = config;
+  const step = decoding && stepResultBytes(decoding);
+  const results = planned("readback of drawn tokens", "staging", step ? step.results + step.logprobs : 0);
   const nll = planned("readback of negative log-likelihoods", "staging", 4 * chunkTokens);
   return [
     ...Array.from({ length: UPLOAD_STAGES }, () => planned("uploads", "staging", UPLOAD_STAGE_BYTES)),
     planned("readback of logits", "staging", 4 * vocabSize),
     ...(scoring ? [nll, nll] : []),
+    ...new Array<PlannedBuffer>(decoding?.inFlight ?? 0).fill(results),
+    ...(decoding ? [planned("parameters", "staging", decodeParametersBytes(config))] : []),
   ];
 }
 

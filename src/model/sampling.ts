@@ -139,7 +139,12 @@ function argmax(scores: Float64Array): number {
   return best;
 }
 
-function unusableLogits(what: string, id: number): DeviceError {
+/**
+ * What is said of logits that no token can be drawn from.
+ * @param what `contain NaN` and the like
+ * @param id the first token id at which they do
+ */
+export function unusableLogits(what: string, id: number): DeviceError {
   return new DeviceError(`The logits ${what} (first at token id ${id})`, {
     hint:
       "activations may have left the range of f16, try `--dtype f32`; if that gives the same, the checkpoint or the " +

@@ -2,6 +2,7 @@
  * What a kernel is: WGSL text, its bindings and parameters, and pure functions from a variant (what changes the text)
  * and a problem (sizes known only at run time) to the header, the limits it needs and the grid.
  */
+import { GpuBuffer, upload } from "./buffers.ts";
 import type { Capabilities, Gpu } from "./device.ts";
 import { IMMEDIATE_BYTES } from "./device.ts";
 import { DoesNotFitError, ShaderError } from "./errors.ts";
@@ -44,8 +45,13 @@ export interface Kernel<V, P> {
   readonly sources: readonly ShaderFile[];
   /** Storage buffers in binding order, as the body declares them. */
   readonly bindings: Readonly<Record<string, "read" | "read_write">>;
-  /** Fields of the immediate `params`, at most sixteen. */
+  /** Fields of `params`, at most sixteen. */
   readonly params: Readonly<Record<string, "u32" | "f32">>;
+  /**
+   * Where `params` is. Immediates, the default, are handed over with every dispatch; a uniform buffer is part of the bind
+   * group, for kernels that run over and over with the same parameters: the host then has one call less to make.
+   */
+  readonly paramsIn?: "immediates" | "uniform";
   header(v: V): ShaderHeader;
   /** Bytes of workgroup memory the variant declares. */
   workgroupBytes(v: V): number;
@@ -136,12 +142,16 @@ export function renderHeader<V, P>(kernel: Kernel<V, P>, v: V): string {
   if (Object.values(aliases).includes("f16")) lines.push("enable f16;");
   if (subgroup !== undefined || subgroupMatrix) lines.push("enable subgroups;");
   if (subgroupMatrix) lines.push("enable chromium_experimental_subgroup_matrix;");
-  lines.push("requires immediate_address_space;");
+  const isUniform = kernel.paramsIn === "uniform";
+  if (!isUniform) lines.push("requires immediate_address_space;");
   if (subgroup !== undefined) lines.push(`const SUBGROUP = ${subgroup}u;`);
   for (const [name, elem] of Object.entries(aliases)) lines.push(`alias ${name} = ${elem};`);
   for (const [name, value] of Object.entries(consts)) lines.push(`const ${name} = ${value}u;`);
   const fields = Object.entries(kernel.params).map(([name, type]) => `${name}: ${type}`);
-  lines.push(`struct Params { ${fields.join(", ")} }`, "var<immediate> params: Params;");
+  const place = isUniform
+    ? `@group(0) @binding(${Object.keys(kernel.bindings).length}) var<uniform>`
+    : "var<immediate>";
+  lines.push(`struct Params { ${fields.join(", ")} }`, `${place} params: Params;`);
   return lines.join("\n") + "\n";
 }
 
@@ -152,6 +162,7 @@ export interface Pipeline {
   /** Names in binding order, and parameters in the order of the `Params` struct. */
   readonly bindings: readonly string[];
   readonly params: readonly (readonly [name: string, type: "u32" | "f32"])[];
+  readonly paramsIn: "immediates" | "uniform";
   readonly handle: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
@@ -164,9 +175,11 @@ export class PipelineCache {
   /** Pipelines by the kernel and variant objects: rendering the key takes longer than recording a dispatch. */
   readonly #byObjects = new WeakMap<object, WeakMap<object, Pipeline>>();
   readonly #bindGroups = new Map<string, GPUBindGroup>();
+  readonly #parameters: ParameterSlots;
 
   constructor(gpu: Gpu) {
     this.#gpu = gpu;
+    this.#parameters = new ParameterSlots(() => createParameters(gpu, parametersBytes(BUFFER_SLOTS)));
   }
 
   /** Starts compiling a variant, unless it was started before. */
@@ -197,16 +210,29 @@ export class PipelineCache {
     return pipeline;
   }
 
-  /** The bind group of these buffers, in binding order; made once. */
-  bindGroup(pipeline: Pipeline, buffers: readonly { readonly id: number; readonly handle: GPUBuffer }[]) {
+  /**
+   * The bind group of these buffers, in binding order, and of the parameters if it holds them; made once.
+   * @param slots where those are; in buffers of the cache's own when left out, which live as long as the device
+   */
+  bindGroup(
+    pipeline: Pipeline,
+    buffers: readonly { readonly id: number; readonly handle: GPUBuffer }[],
+    params: Uint32Array<ArrayBuffer>,
+    slots = this.#parameters,
+  ) {
+    const slot = pipeline.paramsIn === "uniform" ? slots.of(params) : undefined;
     let key = `${pipeline.id}`;
     for (const { id } of buffers) key += `,${id}`;
+    if (slot) key += `;${slot.key}`;
     let group = this.#bindGroups.get(key);
     if (!group) {
       group = this.#gpu.device.createBindGroup({
         label: pipeline.handle.label,
         layout: pipeline.layout,
-        entries: buffers.map((buffer, binding) => ({ binding, resource: { buffer: buffer.handle } })),
+        entries: [
+          ...buffers.map(({ handle }) => ({ buffer: handle })),
+          ...(slot ? [slot.resource] : []),
+        ].map((resource, binding) => ({ binding, resource })),
       });
       this.#bindGroups.set(key, group);
     }
@@ -216,6 +242,60 @@ export class PipelineCache {
   /** Drops all bind groups: they keep the buffers they were made for alive. */
   forgetBindGroups(): void {
     this.#bindGroups.clear();
+  }
+}
+
+/** Bytes of a slot: what the offset of a uniform binding must be a multiple of on every device. */
+const SLOT_BYTES = 256;
+/** Slots of a buffer for dispatches that belong to no list. */
+const BUFFER_SLOTS = 64;
+
+/** Bytes of a buffer for this many different sets of parameters. */
+export function parametersBytes(sets: number): number {
+  return SLOT_BYTES * sets;
+}
+
+/** Creates a buffer for parameters. */
+export function createParameters(gpu: Gpu, byteLength: number): GpuBuffer {
+  const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
+  return new GpuBuffer(gpu, "parameters", "staging", byteLength, usage);
+}
+
+/** Where a set of parameters is. */
+interface ParameterSlot {
+  /** Different for every slot of every buffer. */
+  readonly key: string;
+  readonly resource: GPUBufferBinding;
+}
+
+/** Parameters in uniform buffers, each set of values once. */
+export class ParameterSlots {
+  readonly #next: () => GpuBuffer;
+  readonly #slots = new Map<string, ParameterSlot>();
+  #buffer: GpuBuffer | undefined;
+  #used = 0;
+
+  /** @param next gives a buffer when the one before is full */
+  constructor(next: () => GpuBuffer) {
+    this.#next = next;
+  }
+
+  of(params: Uint32Array<ArrayBuffer>): ParameterSlot {
+    const values = params.join();
+    let slot = this.#slots.get(values);
+    if (!slot) {
+      let offset = SLOT_BYTES * this.#used++;
+      if (!this.#buffer || offset === this.#buffer.byteLength) {
+        this.#buffer = this.#next();
+        this.#used = 1;
+        offset = 0;
+      }
+      upload(this.#buffer, params, offset);
+      const { id, handle } = this.#buffer;
+      slot = { key: `${id}+${offset}`, resource: { buffer: handle, offset, size: SLOT_BYTES } };
+      this.#slots.set(values, slot);
+    }
+    return slot;
   }
 }
 
@@ -234,18 +314,22 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, id: number): 
     code: header + kernel.sources.map((s) => s.text).join(""),
   });
   const scope = device.popErrorScope();
+  const isUniform = kernel.paramsIn === "uniform";
+  const types = Object.values(kernel.bindings).map((access) =>
+    access === "read" ? "read-only-storage" as const : "storage" as const
+  );
   const layout = device.createBindGroupLayout({
     label,
-    entries: Object.values(kernel.bindings).map((access, binding) => ({
+    entries: [...types, ...(isUniform ? ["uniform" as const] : [])].map((type, binding) => ({
       binding,
       visibility: GPUShaderStage.COMPUTE,
-      buffer: { type: access === "read" ? "read-only-storage" : "storage" },
+      buffer: { type },
     })),
   });
   const descriptor: GPUPipelineLayoutDescriptor & { immediateSize: number } = {
     label,
     bindGroupLayouts: [layout],
-    immediateSize: paramBytes,
+    immediateSize: isUniform ? 0 : paramBytes,
   };
   const pipeline = device.createComputePipelineAsync({
     label,
@@ -263,6 +347,7 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, id: number): 
       id,
       bindings: Object.keys(kernel.bindings),
       params: Object.entries(kernel.params),
+      paramsIn: kernel.paramsIn ?? "immediates",
       handle: await gpu.wait(pipeline),
       layout,
     };

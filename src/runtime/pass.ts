@@ -4,7 +4,7 @@
  */
 import type { GpuBuffer, Readback } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
-import type { Kernel, Pipeline } from "./kernel.ts";
+import { type Grid, type Kernel, ParameterSlots, type Pipeline } from "./kernel.ts";
 import type { Profiler } from "./profiler.ts";
 
 /** A copy of a tensor taken in the middle of a pass: for tests and for looking at what a layer computes. */
@@ -15,7 +15,91 @@ export interface RecorderOptions {
   readonly tap?: Tap | undefined;
 }
 
-export class Recorder {
+/** Takes dispatches in order: to run once, or to be kept. */
+export interface Dispatcher {
+  /** Runs a prepared kernel over its grid; `buffers` are named as in the kernel's bindings. */
+  dispatch<V extends object, P>(
+    kernel: Kernel<V, P>,
+    v: V,
+    p: P,
+    buffers: Readonly<Record<string, GpuBuffer>>,
+  ): void;
+}
+
+/** A dispatch with all that it needs. */
+interface BoundDispatch {
+  readonly name: string;
+  readonly pipeline: GPUComputePipeline;
+  readonly bindGroup: GPUBindGroup;
+  /** Undefined where the bind group holds the parameters. */
+  readonly immediates: Uint32Array | undefined;
+  readonly grid: Grid;
+}
+
+function bindDispatch<V extends object, P>(
+  { pipelines, caps }: Gpu,
+  kernel: Kernel<V, P>,
+  v: V,
+  p: P,
+  buffers: Readonly<Record<string, GpuBuffer>>,
+  slots?: ParameterSlots,
+): BoundDispatch {
+  const grid = kernel.grid(v, p);
+  if (grid.some((n) => n > caps.workgroupsPerDimension)) {
+    throw new Error(`${kernel.name} asked for a grid of ${grid.join(" x ")} workgroups`);
+  }
+  const pipeline = pipelines.get(kernel, v);
+  const bound = pipeline.bindings.map((name) => {
+    const buffer = buffers[name];
+    if (!buffer) throw new Error(`${kernel.name} needs a buffer for "${name}"`);
+    return buffer;
+  });
+  const params = packParams(pipeline, kernel.values(v, p));
+  return {
+    name: kernel.name,
+    pipeline: pipeline.handle,
+    bindGroup: pipelines.bindGroup(pipeline, bound, params, slots),
+    immediates: pipeline.paramsIn === "uniform" ? undefined : params,
+    grid,
+  };
+}
+
+/**
+ * Dispatches that run again and again over the same buffers with the same parameters: bound once, so that running them
+ * costs three or four calls each. Its buffers must outlive it.
+ */
+export class DispatchList implements Dispatcher {
+  readonly #gpu: Gpu;
+  readonly #slots: ParameterSlots | undefined;
+  readonly #dispatches: BoundDispatch[] = [];
+
+  /** @param parameters a buffer from `createParameters` for all the sets of parameters that kernels take from there */
+  constructor(gpu: Gpu, parameters?: GpuBuffer) {
+    this.#gpu = gpu;
+    const buffers = parameters ? [parameters] : [];
+    this.#slots = parameters && new ParameterSlots(() => {
+      const buffer = buffers.pop();
+      if (!buffer) throw new Error("The list has more sets of parameters than its buffer");
+      return buffer;
+    });
+  }
+
+  dispatch<V extends object, P>(
+    kernel: Kernel<V, P>,
+    v: V,
+    p: P,
+    buffers: Readonly<Record<string, GpuBuffer>>,
+  ): void {
+    const bound = bindDispatch(this.#gpu, kernel, v, p, buffers, this.#slots);
+    this.#dispatches.push({ ...bound, immediates: bound.immediates?.slice() });
+  }
+
+  [Symbol.iterator](): Iterator<BoundDispatch> {
+    return this.#dispatches[Symbol.iterator]();
+  }
+}
+
+export class Recorder implements Dispatcher {
   readonly #gpu: Gpu;
   readonly #options: RecorderOptions;
   readonly #encoder: GPUCommandEncoder;
@@ -27,30 +111,18 @@ export class Recorder {
     this.#encoder = gpu.device.createCommandEncoder({ label });
   }
 
-  /** Runs a prepared kernel over its grid; `buffers` are named as in the kernel's bindings. */
   dispatch<V extends object, P>(
     kernel: Kernel<V, P>,
     v: V,
     p: P,
     buffers: Readonly<Record<string, GpuBuffer>>,
   ): void {
-    const { pipelines, caps } = this.#gpu;
-    const grid = kernel.grid(v, p);
-    if (grid.some((n) => n > caps.workgroupsPerDimension)) {
-      throw new Error(`${kernel.name} asked for a grid of ${grid.join(" x ")} workgroups`);
-    }
-    const pipeline = pipelines.get(kernel, v);
-    const bound = pipeline.bindings.map((name) => {
-      const buffer = buffers[name];
-      if (!buffer) throw new Error(`${kernel.name} needs a buffer for "${name}"`);
-      return buffer;
-    });
-    const pass = this.#computePass(kernel.name);
-    pass.setPipeline(pipeline.handle);
-    pass.setBindGroup(0, pipelines.bindGroup(pipeline, bound));
-    (pass as ImmediatesEncoder).setImmediates(0, packParams(pipeline, kernel.values(v, p)));
-    pass.dispatchWorkgroups(...grid);
-    if (this.#options.profiler) this.#endPass();
+    this.#encode(bindDispatch(this.#gpu, kernel, v, p, buffers));
+  }
+
+  /** Runs the dispatches of a list in order. */
+  replay(list: DispatchList): void {
+    for (const dispatch of list) this.#encode(dispatch);
   }
 
   /** Copies bytes between buffers, after the dispatches recorded so far. */
@@ -78,6 +150,15 @@ export class Recorder {
     this.#gpu.check();
   }
 
+  #encode({ name, pipeline, bindGroup, immediates, grid }: BoundDispatch): void {
+    const pass = this.#computePass(name);
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, bindGroup);
+    if (immediates) (pass as ImmediatesEncoder).setImmediates(0, immediates);
+    pass.dispatchWorkgroups(...grid);
+    if (this.#options.profiler) this.#endPass();
+  }
+
   #computePass(name: string): GPUComputePassEncoder {
     const timestampWrites = this.#options.profiler?.span(name);
     this.#pass ??= this.#encoder.beginComputePass({
@@ -98,8 +179,14 @@ type ImmediatesEncoder = GPUComputePassEncoder & { setImmediates(offset: number,
 
 const packed = new DataView(new ArrayBuffer(64));
 
-/** Lays the values out in the order of the kernel's `params`, as the generated struct reads them. */
-function packParams({ handle, params }: Pipeline, values: Readonly<Record<string, number>>): Uint32Array {
+/**
+ * Lays the values out in the order of the kernel's `params`, as the generated struct reads them. The next call overwrites
+ * them.
+ */
+function packParams(
+  { handle, params }: Pipeline,
+  values: Readonly<Record<string, number>>,
+): Uint32Array<ArrayBuffer> {
   let offset = 0;
   for (const [name, type] of params) {
     const value = values[name];

@@ -325,7 +325,15 @@ describe("--kernel", () => {
 
   test("refuses a kernel that the device cannot run, and says which it can", async () => {
     const gpu = await openDevice({ nullBackend: true });
-    const shape: KernelShape = { elem: "f16", width: 128, heads: 2, headDim4: 16, inner: 512, unroll: true };
+    const shape: KernelShape = {
+      elem: "f16",
+      width: 128,
+      heads: 2,
+      headDim4: 16,
+      inner: 512,
+      sequences: 1,
+      unroll: true,
+    };
     const caps = { ...gpu.caps, f16: true, subgroupMatrix: false };
     const forced = new Map([["attention", "flash_attention/subgroup_matrix"]]);
     const refusal = (() => {

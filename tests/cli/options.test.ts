@@ -35,6 +35,8 @@ describe("parseOptions accepts", () => {
       command: "generate",
       prompt: "Once upon a time",
       file: undefined,
+      prompts: undefined,
+      batch: undefined,
       ids: undefined,
       model: undefined,
       context: undefined,
@@ -56,6 +58,7 @@ describe("parseOptions accepts", () => {
       stop: [],
       ignoreEos: false,
       logprobs: undefined,
+      inFlight: undefined,
       profile: false,
       kernels: new Map(),
     });

@@ -1,12 +1,14 @@
 /** What is planned against the device's limits, and against what is then allocated. */
 import { afterAll, describe, expect, test } from "bun:test";
 import { join } from "node:path";
+import { PLACE_BYTES } from "../../src/kernels/sampling/sampling.ts";
 import { KV_BLOCK } from "../../src/kernels/shared/shared.ts";
 import { headBytes } from "../../src/kvcache/layout.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../../src/model/config.ts";
 import type { Gpt2Options } from "../../src/model/gpt2.ts";
 import {
   checkFits,
+  type DecodingPlan,
   largestContext,
   type MemoryLimits,
   type MemoryPlan,
@@ -21,7 +23,7 @@ import { DoesNotFitError } from "../../src/runtime/errors.ts";
 import { type Elem, sizeOf } from "../../src/runtime/kernel.ts";
 import { temporaryFolder, type TinyOptions, writeTinyCheckpoint } from "../support/checkpoint.ts";
 import { testDevice, testElems } from "../support/device.ts";
-import { loadModel } from "../support/model.ts";
+import { DECODING, loadModel } from "../support/model.ts";
 
 const shared = await testDevice();
 const elems = testElems(shared);
@@ -51,7 +53,11 @@ const TINY_LIMITS: typeof LIMITS = [
 const cases = Object.entries(PUBLISHED_SHAPES).flatMap(([name, config]) =>
   ELEMS.flatMap((elem) =>
     CONTEXTS.flatMap((context) =>
-      [false, true].map((scoring) => ({ name, config, options: { context, elem, scoring } }))
+      [{}, { scoring: true }, { decoding: DECODING }].map((use) => ({
+        name,
+        config,
+        options: { context, elem, ...use },
+      }))
     )
   )
 );
@@ -82,7 +88,7 @@ describe("planMemory", () => {
           if (purpose === "kv") return label === "block table" ? undefined : headBytes(plan.kv);
           if (/^w[tp]e\.weight/.test(label)) return width * sizeOf(options.elem);
           if (label === "logits") return bufferBytes(4 * config.vocabSize);
-          if (purpose !== "activations" || label.startsWith("attention split")) return undefined;
+          if (purpose !== "activations" || /^attention split|^places/.test(label)) return undefined;
           const { chunkTokens } = plan;
           const own = plan.buffers.find((buffer) => buffer.label === label)!.bytes;
           return Math.ceil(own / chunkTokens) * Math.min(chunkTokens, 64);
@@ -107,7 +113,10 @@ describe("planMemory", () => {
           total += sum;
         }
         expect(plan.totalBytes).toBe(total);
-        expect(of("activations")).toEqual(Object.values(plan.activations));
+        expect(of("activations")).toEqual([
+          ...Object.values(plan.activations),
+          ...Object.values(plan.decoding ?? {}),
+        ]);
         expect(plan.buffers.every(({ bytes }) => bytes >= 16 && bytes % 16 === 0)).toBe(true);
         const bound = plan.buffers.filter(({ purpose }) => purpose !== "staging");
         expect(new Set(bound.map(({ label }) => label)).size).toBe(bound.length);
@@ -116,14 +125,13 @@ describe("planMemory", () => {
   });
 
   test("grows as a straight line with the context, by the bytes of a token, but for longer chunks", () => {
-    // Keys are sliced by 256 in decode, and the statistics of two slices of any number of heads are a multiple of what
-    // buffers are rounded to.
+    // Entries of tables come in multiples of what buffers are rounded to.
     const STEP = 512;
     for (const name of ["gpt2", "gpt2-xl"] as const) {
       const config = PUBLISHED_SHAPES[name];
-      for (const options of [{ elem: "f16", scoring: true }, { elem: "f32" }] as const) {
+      for (const options of [{ elem: "f16", scoring: true }, { elem: "f32", decoding: DECODING }] as const) {
         const perToken = 2 * config.nLayer * config.nEmbd * sizeOf(options.elem);
-        const slices = STEP / 256 * (4 * config.nEmbd + 8 * config.nHead);
+        const places = "decoding" in options ? PLACE_BYTES * STEP : 0;
         const tableEntries = 4 * STEP / KV_BLOCK;
         for (const isSoftware of [false, true]) {
           const limits = { ...binding(2 ** 27), isSoftware };
@@ -139,7 +147,7 @@ describe("planMemory", () => {
             expect(plan.bytesPerToken).toBe(perToken);
             const step = plan.totalBytes - before.totalBytes;
             if (plan.chunkTokens === before.chunkTokens) {
-              expect(step).toBe(STEP * perToken + slices + tableEntries);
+              expect(step).toBe(STEP * perToken + places + tableEntries);
             } else {
               expect(plan.chunkTokens).toBeGreaterThan(before.chunkTokens);
               expect(step).toBeGreaterThan(STEP * perToken);
@@ -287,11 +295,11 @@ describe("what a model allocates is what was planned", () => {
     ["a head of its own", { config: { ...AWKWARD, nHead: 2 }, lmHead: "separate" }],
     ["one layer, one head", { config: { nLayer: 1, nHead: 1, nEmbd: 4, nPositions: 70, vocabSize: 5 } }],
   ];
-  const runs: readonly Pick<Gpt2Options, "context" | "scoring">[] = [
-    { context: 1 },
-    { context: 65, scoring: true },
-    { context: 1100 },
-    { context: 1100, scoring: true },
+  const runs: readonly (Pick<Gpt2Options, "context" | "scoring"> & { decoding: DecodingPlan })[] = [
+    { context: 1, decoding: DECODING },
+    { context: 65, scoring: true, decoding: { sequences: 3, inFlight: 4, logprobs: 2 } },
+    { context: 550, decoding: { sequences: 2, inFlight: 1 } },
+    { context: 1100, scoring: true, decoding: DECODING },
   ];
   const dirs = checkpoints.map(([name, options]) =>
     writeTinyCheckpoint(join(folder.path, name), { ...options, dtype: "F16" }).dir
@@ -362,7 +370,7 @@ describe("what a model allocates is what was planned", () => {
   });
 
   test("and a context that does not fit is refused before anything is allocated", async () => {
-    const options: Gpt2Options = { context: 1100, elem: "f32", scoring: true };
+    const options: Gpt2Options = { context: 1100, elem: "f32", scoring: true, decoding: DECODING };
     const config = await readConfig(dirs[0]!);
     const memoryBytes = planMemory(config, { ...options, context: 640 }, shared.caps).totalBytes;
     const gpu = await openDevice({ restrict: { memoryBytes } });
@@ -386,7 +394,7 @@ describe("what a model allocates is what was planned", () => {
       value: async () =>
         await pop() ?? (gpu.memory.bytes("weights") > 200_000 ? { message: "none left" } : null),
     });
-    const options: Gpt2Options = { context: 1100, elem: "f32" };
+    const options: Gpt2Options = { context: 1100, elem: "f32", decoding: DECODING };
     const error = await loadModel(gpu, dirs[0]!, options).catch((error) => error);
     expect(error).toBeInstanceOf(DoesNotFitError);
     expect(error.exitCode).toBe(4);

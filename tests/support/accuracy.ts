@@ -29,6 +29,7 @@ import {
   type SyntheticCase,
   type SyntheticGolden,
 } from "./golden.ts";
+import { DECODING } from "./model.ts";
 
 /** One comparison: passes when `error <= bound`. */
 export interface AccuracyRow {
@@ -98,7 +99,12 @@ export async function withClassics<T>(
 ): Promise<T> {
   const source = await openCheckpoint(MODEL);
   try {
-    const model = await Gpt2.load(gpu, source, await readConfig(MODEL), { context, elem, ...options });
+    const model = await Gpt2.load(gpu, source, await readConfig(MODEL), {
+      context,
+      elem,
+      decoding: DECODING,
+      ...options,
+    });
     try {
       return await use(model);
     } finally {

@@ -7,11 +7,14 @@ import { openCheckpoint } from "../../src/model/safetensors.ts";
 import type { Gpu } from "../../src/runtime/device.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 
-/** Loads a model folder. */
+/** What a model needs to decode one sequence. */
+export const DECODING = { sequences: 1, inFlight: 2 };
+
+/** Loads a model folder, ready to decode one sequence unless the options say otherwise. */
 export async function loadModel(gpu: Gpu, dir: string, options: Gpt2Options): Promise<Gpt2> {
   const source = await openCheckpoint(dir);
   try {
-    return await Gpt2.load(gpu, source, await readConfig(dir), options);
+    return await Gpt2.load(gpu, source, await readConfig(dir), { decoding: DECODING, ...options });
   } finally {
     await source.close();
   }

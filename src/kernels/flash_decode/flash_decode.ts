@@ -1,116 +1,239 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import { type Elem, type Grid, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import {
   type HeadRange,
   KV_BLOCK,
-  kvBlocks,
+  MAX_SPLITS,
+  sequenceStruct,
+  splitsHelper,
   tripsHelper,
   unrollConst,
-  workgroupSum,
 } from "../shared/shared.ts";
-import combineText from "./combine.wgsl" with { type: "text" };
+import bindingsText from "./bindings.wgsl" with { type: "text" };
 import splitText from "./split_kv.wgsl" with { type: "text" };
+import subgroupText from "./subgroup_split_kv.wgsl" with { type: "text" };
 
-export interface FlashDecodeVariant {
+export interface SplitKvVariant {
   readonly elem: Elem;
   readonly heads: number;
   readonly headDim4: number;
-  /** Keys of one workgroup. */
-  readonly split: number;
+  /** Lanes that hold a row; divides `headDim4`. */
+  readonly rowLanes: number;
+  /** Lanes of a workgroup, at least `rowLanes`. */
   readonly lanes: number;
+  /** Slices that a sequence has at most. */
+  readonly maxSplits: number;
   /** See `shared/trips.wgsl`. */
   readonly unroll: boolean;
 }
 
-export interface FlashDecodeProblem {
-  /** Keys in the cache, the query's own included. */
-  readonly kvLen: number;
-  /** Blocks that the cache has room for, a head. */
-  readonly blocks: number;
-  readonly scale: number;
+export interface SubgroupSplitKvVariant {
+  readonly elem: Elem;
+  readonly heads: number;
+  readonly headDim4: number;
+  /** Lanes of the device's subgroups. */
+  readonly subgroup: number;
+  /** Lanes that hold a row: a power of two that divides `headDim4`, at most a subgroup. */
+  readonly rowLanes: number;
+  /** Lanes of a workgroup: whole subgroups, at most `KV_BLOCK` times `rowLanes`. */
+  readonly lanes: number;
+  /** Slices that a sequence has at most. */
+  readonly maxSplits: number;
+  /** Keys that `rowLanes` lanes load at a time; those of the whole workgroup divide `KV_BLOCK`. */
+  readonly keys: number;
 }
 
-/** A problem for the heads in one pair of cache buffers. */
-export interface SplitKvProblem extends FlashDecodeProblem {
+export interface SplitKvProblem {
+  readonly sequences: number;
+  /** Blocks that each head has room for, those of all sequences together. */
+  readonly blocks: number;
+  /** Blocks that the table lists for each sequence. */
+  readonly tableBlocks: number;
+  /** Factor on the scores, 1/√headDim for GPT-2. */
+  readonly scale: number;
+  /** The heads in the bound buffers; no others are computed. */
   readonly range: HeadRange;
 }
 
-/** Slices that `kvLen` keys are cut into. */
-export function splitCount(v: FlashDecodeVariant, kvLen: number): number {
-  return Math.ceil(kvLen / v.split);
-}
+const bindings: ShaderFile = { file: "flash_decode/bindings.wgsl", text: bindingsText };
 
-function header(v: FlashDecodeVariant) {
-  return {
-    aliases: { elem: v.elem },
-    consts: {
-      HEADS: v.heads,
-      HEAD_DIM4: v.headDim4,
-      KV_BLOCK,
-      SPLIT: v.split,
-      LANES: v.lanes,
-      ...unrollConst(v.unroll),
-    },
-  };
-}
-
-/** Attention of one query over slices of the cache, unnormalised: `[splits, heads, headDim]` with maxima and sums. */
-export const splitKvAttention: Kernel<FlashDecodeVariant, SplitKvProblem> = {
-  name: "flash_decode/split_kv",
-  sources: [{ file: "flash_decode/split_kv.wgsl", text: splitText }, kvBlocks, workgroupSum, tripsHelper],
+const common = {
   bindings: {
     qkv: "read",
-    k: "read",
-    v: "read",
+    k: "read_write",
+    v: "read_write",
     block_table: "read",
+    sequences: "read",
     partial_out: "read_write",
     partial_ml: "read_write",
   },
-  params: { kv_len: "u32", blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
-  header,
-  workgroupBytes: (v) =>
-    16 * v.headDim4 + // q
-    4 * v.split + // scores
-    2 * 4 * v.lanes + // lane_max, lane_values
-    16 * Math.floor(v.lanes / v.headDim4) * v.headDim4, // sums
-  workgroupInvocations: (v) => v.lanes,
-  values: (_, p) => ({
-    kv_len: p.kvLen,
+  paramsIn: "uniform",
+  params: { blocks: "u32", table_blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
+  values: (_: unknown, p: SplitKvProblem) => ({
     blocks: p.blocks,
+    table_blocks: p.tableBlocks,
     first_head: p.range.first,
     scale_log2: p.scale * Math.LOG2E,
     one: 1,
   }),
-  grid: (v, p) => [splitCount(v, p.kvLen), p.range.heads, 1],
-};
+  // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
+  // once.
+  grid: (
+    v: { readonly maxSplits: number },
+    p: SplitKvProblem,
+  ): Grid => [v.maxSplits, p.range.heads, p.sequences],
+} as const;
 
-/** Merges the slices into `out[heads, headDim]`. */
-export const combineSplits: Kernel<FlashDecodeVariant, FlashDecodeProblem> = {
-  name: "flash_decode/combine",
-  sources: [{ file: "flash_decode/combine.wgsl", text: combineText }],
-  bindings: { partial_out: "read", partial_ml: "read", out: "read_write" },
-  params: { splits: "u32" },
-  header,
-  workgroupBytes: () => 0,
-  workgroupInvocations: () => 64,
-  values: (v, p) => ({ splits: splitCount(v, p.kvLen) }),
-  grid: (v) => [v.heads, 1, 1],
-};
-
-/** Keys of a slice: the same for every variant, so that any of them goes with any `combine`. */
-const SPLIT = 256;
-
-/** Slices of every variant that runs in a model: the size of its scratch buffers. */
-export function decodeSplits(kvLen: number): number {
-  return Math.ceil(kvLen / SPLIT);
+/** Groups of `rowLanes` lanes, a power of two so that they divide a block, and the keys of each at a time. */
+function groupsOf({ lanes, rowLanes }: SplitKvVariant): { readonly groups: number; readonly keys: number } {
+  const groups = Math.min(KV_BLOCK, 2 ** Math.floor(Math.log2(lanes / rowLanes)));
+  return { groups, keys: Math.min(KV_BLOCK / groups, 8) };
 }
 
-/** The variant for a head's width: a lane for every four columns, at least 128 to share the keys. */
-export function flashDecodeVariants(
+/** `bytes` as they count in workgroup memory. */
+function aligned(bytes: number): number {
+  return 16 * Math.ceil(bytes / 16);
+}
+
+/**
+ * One step of decoding, of several sequences at once: appends each one's new key and value to the cache, and
+ * leaves the attention of its query over slices of the keys in `partial_out` and `partial_ml`, unnormalised.
+ * Of the `maxSplits` slices that there is room for, only the first `split_count(length + 1)` are written.
+ */
+export const splitKvAttention: Kernel<SplitKvVariant, SplitKvProblem> = {
+  name: "flash_decode/split_kv",
+  sources: [
+    bindings,
+    { file: "flash_decode/split_kv.wgsl", text: splitText },
+    sequenceStruct,
+    splitsHelper,
+    tripsHelper,
+  ],
+  ...common,
+  header(v) {
+    const { groups, keys } = groupsOf(v);
+    return {
+      aliases: { elem: v.elem },
+      consts: {
+        HEADS: v.heads,
+        HEAD_DIM4: v.headDim4,
+        KV_BLOCK,
+        MAX_SPLITS: v.maxSplits,
+        LANES: v.lanes,
+        ROW_LANES: v.rowLanes,
+        VECTORS: v.headDim4 / v.rowLanes,
+        GROUPS: groups,
+        KEYS: keys,
+        ...unrollConst(v.unroll),
+      },
+    };
+  },
+  workgroupBytes(v) {
+    const { groups, keys } = groupsOf(v);
+    return aligned(4 * groups * keys * (v.rowLanes + 1)) + // products
+      aligned(4 * groups * keys) + // scores
+      16 * groups * v.headDim4 + // outs
+      aligned(8 * groups); // maxima_sums
+  },
+  workgroupInvocations: (v) => v.lanes,
+};
+
+/** The same with subgroups, on GPUs and on software Vulkan. */
+export const subgroupSplitKvAttention: Kernel<SubgroupSplitKvVariant, SplitKvProblem> = {
+  name: "flash_decode/subgroup_split_kv",
+  sources: [
+    bindings,
+    { file: "flash_decode/subgroup_split_kv.wgsl", text: subgroupText },
+    sequenceStruct,
+    splitsHelper,
+  ],
+  ...common,
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    subgroup: v.subgroup,
+    consts: {
+      HEADS: v.heads,
+      HEAD_DIM4: v.headDim4,
+      KV_BLOCK,
+      MAX_SPLITS: v.maxSplits,
+      LANES: v.lanes,
+      ROW_LANES: v.rowLanes,
+      VECTORS: v.headDim4 / v.rowLanes,
+      KEYS: v.keys,
+    },
+  }),
+  workgroupBytes(v) {
+    const subgroups = v.lanes / v.subgroup;
+    return 16 * subgroups * v.headDim4 + // outs
+      aligned(8 * subgroups); // maxima_sums
+  },
+  workgroupInvocations: (v) => v.lanes,
+};
+
+/** Vectors of keys, and as many of values, that a lane may hold in registers. */
+const MAX_VECTORS = 8;
+
+/**
+ * The variant for a subgroup's size, with up to `maxLanes` lanes and up to `maxKeys` keys a lane at a time;
+ * none where too few lanes would hold a row.
+ */
+export function subgroupSplitKvVariants(
+  elem: Elem,
+  heads: number,
+  headDim4: number,
+  { subgroup, maxLanes, maxKeys }: {
+    readonly subgroup: number;
+    readonly maxLanes: number;
+    readonly maxKeys: number;
+  },
+  maxSplits = MAX_SPLITS,
+): SubgroupSplitKvVariant[] {
+  let rowLanes = subgroup;
+  while (headDim4 % rowLanes !== 0) rowLanes /= 2;
+  const vectors = headDim4 / rowLanes;
+  if (vectors > MAX_VECTORS) return [];
+  const lanes = Math.min(maxLanes, KV_BLOCK * rowLanes);
+  const keys = Math.min(
+    maxKeys,
+    KV_BLOCK * rowLanes / lanes,
+    2 ** Math.floor(Math.log2(MAX_VECTORS / vectors)),
+  );
+  return [{ elem, heads, headDim4, subgroup, rowLanes, lanes, keys, maxSplits }];
+}
+
+/** Lanes of the portable kernel: the first that suffice. */
+const PORTABLE_LANES = [64, 128, 256];
+
+/** Two vectors a lane where a row has an even number: more take llvmpipe far longer to compile. */
+export function splitKvVariants(
   elem: Elem,
   heads: number,
   headDim4: number,
   unroll: boolean,
-): FlashDecodeVariant[] {
-  const lanes = [128, 256, 1024].find((n) => n >= headDim4);
-  return lanes === undefined ? [] : [{ elem, heads, headDim4, split: SPLIT, lanes, unroll }];
+  maxSplits = MAX_SPLITS,
+): SplitKvVariant[] {
+  const rowLanes = headDim4 % 2 === 0 ? headDim4 / 2 : headDim4;
+  const lanes = PORTABLE_LANES.find((n) => n >= rowLanes);
+  return lanes === undefined ? [] : [{ elem, heads, headDim4, rowLanes, lanes, maxSplits, unroll }];
+}
+
+/**
+ * Candidates in order of preference; `unroll` is false on software adapters only. There a subgroup is the
+ * whole workgroup and loads the fewest vectors at a time: all that is in registers is saved around every
+ * load.
+ */
+export function splitKvCandidates(
+  elem: Elem,
+  heads: number,
+  headDim4: number,
+  unroll: boolean,
+  maxSplits = MAX_SPLITS,
+): Op<SplitKvProblem>[] {
+  const sizes = unroll
+    ? [{ subgroup: 32, maxLanes: 256, maxKeys: 8 }]
+    : [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
+  return [
+    ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
+      .map((v) => op(subgroupSplitKvAttention, v)),
+    ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits).map((v) => op(splitKvAttention, v)),
+  ];
 }

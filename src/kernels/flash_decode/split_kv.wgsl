@@ -1,70 +1,124 @@
-// Attention of one query over a slice of SPLIT keys: one workgroup a (slice, head), to be merged by combine.wgsl.
-// Split-KV as in Flash-Decoding (Dao et al. 2023): with one query there are too few heads to fill a GPU.
-// Slices are cut at fixed positions, so the result does not depend on the device.
-@group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;             // [3, HEADS, HEAD_DIM4]
-@group(0) @binding(1) var<storage, read> k: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
-@group(0) @binding(2) var<storage, read> v: array<vec4<elem>>;               // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
-@group(0) @binding(3) var<storage, read> block_table: array<u32>;            // [blocks]
-@group(0) @binding(4) var<storage, read_write> partial_out: array<vec4f>;    // [splits, HEADS, HEAD_DIM4], unnormalised
-@group(0) @binding(5) var<storage, read_write> partial_ml: array<vec2f>;     // [splits, HEADS]: maximum (base 2), sum
+// Attention of one query of each sequence over a slice of its keys, its own among them: one workgroup a
+// (slice, head, sequence). Whoever needs the attention merges the slices: with M the largest of their maxima
+// it is Σ 2^(m - M) o / Σ 2^(m - M) l. Split-KV as in Flash-Decoding (Dao et al. 2023): with one query there
+// are too few heads to fill a GPU. Slices end where shared/splits.wgsl says, so the result does not depend on
+// the device.
+//
+// The last slice's workgroup also appends the query's own key and value to the cache.
+//
+// ROW_LANES lanes hold a row, VECTORS vectors each, and are a group; every GROUPS-th key is a group's own, so
+// that the groups together read one run of memory. A group has its own maximum, sum and output, which are
+// merged at the end.
+const STEP = GROUPS * KEYS;                                 // keys of all groups together; divides KV_BLOCK
+const STRIDE = ROW_LANES + 1u;                              // odd for most heads: lanes read different banks
 
-// Lanes that share the sum over one slice's values for the same four output columns.
-const SLICES = LANES / HEAD_DIM4;
+alias Columns = array<vec4f, VECTORS>;
 
-var<workgroup> q: array<vec4f, HEAD_DIM4>;
-var<workgroup> scores: array<f32, SPLIT>;
-var<workgroup> lane_max: array<f32, LANES>;
-var<workgroup> sums: array<vec4f, SLICES * HEAD_DIM4>;      // [SLICES, HEAD_DIM4]
+var<workgroup> products: array<f32, STEP * STRIDE>;         // [STEP, STRIDE]
+var<workgroup> scores: array<f32, STEP>;
+var<workgroup> outs: array<vec4f, GROUPS * HEAD_DIM4>;      // [GROUPS, HEAD_DIM4]
+var<workgroup> maxima_sums: array<vec2f, GROUPS>;
+
+fn sum_of(a: vec4f) -> f32 {
+    return (a.x + a.y) + (a.z + a.w);
+}
+
+fn sum_of_products(key: u32) -> f32 {
+    var sum = 0.0;
+    for (var i = 0u; i < trips(ROW_LANES); i++) { sum += products[key * STRIDE + i]; }
+    return sum;
+}
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index) lane: u32) {
-    let split = workgroup.x;
+    let sequence = workgroup.z;
+    let slice = slice_of(sequences[sequence].length, workgroup.x);
+    if (!slice.exists) { return; }
     let head = params.first_head + workgroup.y;
-    let first = split * SPLIT;
-    let keys = min(SPLIT, params.kv_len - first);
+    let column = lane % ROW_LANES;
+    // Lanes that are left over do what others do and keep it to themselves.
+    let group = lane / ROW_LANES % GROUPS;
+    let is_working = lane < GROUPS * ROW_LANES;
 
-    for (var d = lane; d < HEAD_DIM4; d += LANES) {
-        q[d] = vec4f(qkv[head * HEAD_DIM4 + d]) * params.scale_log2;
-    }
-    workgroupBarrier();
-
-    var m = -3.0e38;
-    for (var j = lane; j < keys; j += LANES) {
-        let row = kv_row(workgroup.y, first + j) * HEAD_DIM4;
-        var products = vec4f(0.0);
-        for (var d = 0u; d < trips(HEAD_DIM4); d++) {
-            products = fma(q[d], vec4f(k[row + d]), products);
-        }
-        let score = (products.x + products.y) + (products.z + products.w);
-        scores[j] = score;
-        m = max(m, score);
-    }
-    lane_max[lane] = m;
-    workgroupBarrier();
-    for (var i = 0u; i < trips(LANES); i++) { m = max(m, lane_max[i]); }
-
+    let new_row = (3u * sequence * HEADS + head) * HEAD_DIM4 + column;
+    var q = Columns();
+    for (var j = 0u; j < VECTORS; j++) { q[j] = vec4f(qkv[new_row + j * ROW_LANES]) * params.scale_log2; }
+    var m = MASKED;
     var l = 0.0;
-    for (var j = lane; j < keys; j += LANES) {
-        let p = exp2(scores[j] - m);
-        scores[j] = p;
-        l += p;
-    }
-    l = workgroup_sum(l, lane);
-
-    if (lane < SLICES * HEAD_DIM4) {
-        var sum = vec4f(0.0);
-        for (var j = lane / HEAD_DIM4; j < keys; j += SLICES) {
-            let row = kv_row(workgroup.y, first + j) * HEAD_DIM4;
-            sum = fma(vec4f(scores[j]), vec4f(v[row + lane % HEAD_DIM4]), sum);
+    var o = Columns();
+    if (slice.is_last) {
+        // The new token is attended to from here and its row of the cache is not read: nothing has to wait
+        // for it.
+        let row = kv_row_of(sequence, workgroup.y, slice.end) * HEAD_DIM4 + column;
+        var product = vec4f(0.0);
+        for (var j = 0u; j < VECTORS; j++) {
+            let new_key = qkv[new_row + HEADS * HEAD_DIM4 + j * ROW_LANES];
+            let new_value = qkv[new_row + 2u * HEADS * HEAD_DIM4 + j * ROW_LANES];
+            product = fma(q[j], vec4f(new_key), product);
+            if (group == 0u) { o[j] = vec4f(new_value); }
+            if (lane < ROW_LANES) {
+                k[row + j * ROW_LANES] = new_key;
+                v[row + j * ROW_LANES] = new_value;
+            }
         }
-        sums[lane] = sum;
+        if (lane < ROW_LANES) { products[lane] = sum_of(product); }
+        workgroupBarrier();
+        if (group == 0u) {
+            m = sum_of_products(0u);
+            l = 1.0;
+        }
+        workgroupBarrier();
+    }
+
+    for (var first = slice.first; first < slice.end; first += STEP) {
+        // Keys past the last repeat it: what the cache holds there may be anything, NaN included.
+        let row = kv_row_of(sequence, workgroup.y, first) * HEAD_DIM4 + column;
+        let last = slice.end - 1u - first;
+        for (var i = 0u; i < trips(KEYS); i++) {
+            let key = i * GROUPS + group;
+            var product = vec4f(0.0);
+            for (var j = 0u; j < VECTORS; j++) {
+                product = fma(q[j], vec4f(k[row + min(key, last) * HEAD_DIM4 + j * ROW_LANES]), product);
+            }
+            if (is_working) { products[key * STRIDE + column] = sum_of(product); }
+        }
+        workgroupBarrier();
+        for (var key = lane; key < STEP; key += LANES) {
+            scores[key] = select(MASKED, sum_of_products(key), key <= last);
+        }
+        workgroupBarrier();
+        for (var i = 0u; i < trips(KEYS); i++) {
+            let key = i * GROUPS + group;
+            // A group that has seen no key yet adds up nonsense below MASKED, which the merge weighs with 0.
+            let top = max(m, scores[key]);
+            let rescale = exp2(m - top);
+            let p = exp2(scores[key] - top);
+            m = top;
+            l = fma(l, rescale, p);
+            for (var j = 0u; j < VECTORS; j++) {
+                let value = vec4f(v[row + min(key, last) * HEAD_DIM4 + j * ROW_LANES]);
+                o[j] = fma(vec4f(p), value, o[j] * rescale);
+            }
+        }
+    }
+
+    if (is_working) {
+        for (var j = 0u; j < VECTORS; j++) { outs[group * HEAD_DIM4 + column + j * ROW_LANES] = o[j]; }
+        if (column == 0u) { maxima_sums[group] = vec2f(m, l); }
     }
     workgroupBarrier();
-    let row = split * HEADS + head;
-    if (lane < HEAD_DIM4) {
-        var total = vec4f(0.0);
-        for (var s = 0u; s < trips(SLICES); s++) { total += sums[s * HEAD_DIM4 + lane]; }
-        partial_out[row * HEAD_DIM4 + lane] = total;
+    let row = (sequence * MAX_SPLITS + workgroup.x) * HEADS + head;
+    for (var d = lane; d < HEAD_DIM4; d += LANES) {
+        var top = MASKED;
+        for (var g = 0u; g < trips(GROUPS); g++) { top = max(top, maxima_sums[g].x); }
+        var sum = 0.0;
+        var out = vec4f(0.0);
+        for (var g = 0u; g < trips(GROUPS); g++) {
+            let weight = exp2(maxima_sums[g].x - top);
+            sum = fma(weight, maxima_sums[g].y, sum);
+            out = fma(vec4f(weight), outs[g * HEAD_DIM4 + d], out);
+        }
+        partial_out[row * HEAD_DIM4 + d] = out;
+        if (d == 0u) { partial_ml[row] = vec2f(top, sum); }
     }
-    if (lane == 0u) { partial_ml[row] = vec2f(m, l); }
 }

@@ -1,5 +1,5 @@
 import type { Elem, Kernel } from "../../runtime/kernel.ts";
-import { foldedGrid, foldGrid, GRID_FOLD, workgroupSum } from "../shared/shared.ts";
+import { existingColumns, foldedGrid, foldGrid, GRID_FOLD, workgroupSum } from "../shared/shared.ts";
 import text from "./layer_norm.wgsl" with { type: "text" };
 
 export interface LayerNormVariant {
@@ -20,7 +20,7 @@ const LANES = 64;
 /** LayerNorm (Ba et al. 2016) of f32 rows with f32 gain and shift, stored as `outElem`. */
 export const layerNorm: Kernel<LayerNormVariant, LayerNormProblem> = {
   name: "layer_norm",
-  sources: [{ file: "layer_norm/layer_norm.wgsl", text }, foldedGrid, workgroupSum],
+  sources: [{ file: "layer_norm/layer_norm.wgsl", text }, foldedGrid, workgroupSum, existingColumns],
   bindings: { x: "read", gain: "read", shift: "read", out: "read_write" },
   params: { rows: "u32", first_row: "u32", epsilon: "f32" },
   header: (v) => ({ aliases: { out_elem: v.outElem }, consts: { WIDTH: v.width, LANES, GRID_FOLD } }),

@@ -9,11 +9,6 @@
 const WIDTH4 = (WIDTH + 3u) / 4u;
 const PER_LANE = (WIDTH4 + LANES - 1u) / LANES;
 
-// 1 for the columns that exist, 0 for those that pad WIDTH to a multiple of 4.
-fn existing(i: u32) -> vec4f {
-    return select(vec4f(0.0), vec4f(1.0), vec4u(0u, 1u, 2u, 3u) + 4u * i < vec4u(WIDTH));
-}
-
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index) lane: u32) {
     let row = folded_row(workgroup);

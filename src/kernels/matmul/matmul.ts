@@ -2,7 +2,6 @@ import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runt
 import { subgroupRows, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
-import gemvText from "./gemv.wgsl" with { type: "text" };
 import storeText from "./store.wgsl" with { type: "text" };
 import matrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
 import subgroupMatrixText from "./subgroup_matrix.wgsl" with { type: "text" };
@@ -36,13 +35,6 @@ export interface TiledVariant extends MatmulVariant {
   readonly threadRows: number;
 }
 
-export interface GemvVariant extends MatmulVariant {
-  /** Four-column strips of one workgroup. */
-  readonly strip4: number;
-  /** Groups of lanes that share each sum. */
-  readonly slices: number;
-}
-
 export interface SubgroupVariant extends MatmulVariant {
   /** Lanes of the device's subgroups, 4 or 8: a quarter of a tile's columns. */
   readonly subgroup: number;
@@ -65,8 +57,10 @@ const matrixBindings: ShaderFile = {
   text: matrixBindingsText,
 };
 const bindings: ShaderFile = { file: "matmul/bindings.wgsl", text: bindingsText };
-const epilogue: ShaderFile = { file: "matmul/epilogue.wgsl", text: epilogueText };
-const store: ShaderFile = { file: "matmul/store.wgsl", text: storeText };
+/** What is fused behind a product: `gelu_new` and the numbers of the epilogues. */
+export const epilogueFile: ShaderFile = { file: "matmul/epilogue.wgsl", text: epilogueText };
+/** Stores a finished sum with its epilogue. */
+export const storeFile: ShaderFile = { file: "matmul/store.wgsl", text: storeText };
 
 const common = {
   bindings: { x: "read", w: "read", bias: "read", out: "read_write" },
@@ -90,7 +84,7 @@ function header(v: MatmulVariant, consts: Readonly<Record<string, number>>) {
 /** `out[rows, columns] = epilogue(x[rows, inner] · w[inner, columns] + bias)` for any number of rows. */
 export const tiledMatmul: Kernel<TiledVariant, MatmulProblem> = {
   name: "matmul/tiled",
-  sources: [bindings, epilogue, store, { file: "matmul/tiled.wgsl", text: tiledText }, tripsHelper],
+  sources: [bindings, epilogueFile, storeFile, { file: "matmul/tiled.wgsl", text: tiledText }, tripsHelper],
   ...common,
   header: (v) =>
     header(v, {
@@ -104,21 +98,10 @@ export const tiledMatmul: Kernel<TiledVariant, MatmulProblem> = {
   grid: (v, p) => [Math.ceil(p.columns / v.tileColumns), Math.ceil(p.rows / v.tileRows), 1],
 };
 
-/** The same for exactly one row. */
-export const gemv: Kernel<GemvVariant, MatmulProblem> = {
-  name: "matmul/gemv",
-  sources: [bindings, epilogue, store, { file: "matmul/gemv.wgsl", text: gemvText }, tripsHelper],
-  ...common,
-  header: (v) => header(v, { STRIP4: v.strip4, SLICES: v.slices }),
-  workgroupBytes: (v) => 16 * v.strip4 * v.slices, // partial
-  workgroupInvocations: (v) => v.strip4 * v.slices,
-  grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), 1, 1],
-};
-
 /** The same on tensor cores, in f16, for `inner` a multiple of 32 and `columns` of eight. */
 export const subgroupMatrixMatmul: Kernel<SubgroupMatrixVariant, MatmulProblem> = {
   name: "matmul/subgroup_matrix",
-  sources: [matrixBindings, epilogue, { file: "matmul/subgroup_matrix.wgsl", text: subgroupMatrixText }],
+  sources: [matrixBindings, epilogueFile, { file: "matmul/subgroup_matrix.wgsl", text: subgroupMatrixText }],
   bindings: common.bindings,
   params: { rows: "u32", inner8: "u32", columns8: "u32" },
   values: (_, p) => ({ rows: p.rows, inner8: p.inner / 8, columns8: p.columns / 8 }),
@@ -151,8 +134,8 @@ export const subgroupMatmul: Kernel<SubgroupVariant, MatmulProblem> = {
   name: "matmul/subgroup",
   sources: [
     bindings,
-    epilogue,
-    store,
+    epilogueFile,
+    storeFile,
     { file: "matmul/subgroup.wgsl", text: subgroupText },
     subgroupRows,
     tripsHelper,
@@ -205,9 +188,4 @@ export function tiledVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): 
     { elem, epilogue, unroll, tileRows: 64, tileColumns: 64, tileInner: 16, threadRows: 4 },
     { elem, epilogue, unroll, tileRows: 16, tileColumns: 64, tileInner: 16, threadRows: 4 },
   ];
-}
-
-/** In order of preference: many slices keep a GPU busy with a single row, on a CPU they only add barriers. */
-export function gemvVariants(elem: Elem, epilogue: Epilogue, unroll: boolean): GemvVariant[] {
-  return (unroll ? [64, 16] : [16]).map((slices) => ({ elem, epilogue, unroll, strip4: 8, slices }));
 }

@@ -1,15 +1,24 @@
 /** WGSL and host helpers that several kernels join to their own text. */
 import type { Grid, ShaderFile } from "../../runtime/kernel.ts";
+import existingText from "./existing.wgsl" with { type: "text" };
 import foldedGridText from "./folded_grid.wgsl" with { type: "text" };
 import kvBlocksText from "./kv_blocks.wgsl" with { type: "text" };
+import sequencesText from "./sequences.wgsl" with { type: "text" };
+import splitsText from "./splits.wgsl" with { type: "text" };
 import subgroupRowsText from "./subgroup_rows.wgsl" with { type: "text" };
 import tripsText from "./trips.wgsl" with { type: "text" };
 import workgroupSumText from "./workgroup_sum.wgsl" with { type: "text" };
 
 export const foldedGrid: ShaderFile = { file: "shared/folded_grid.wgsl", text: foldedGridText };
+export const existingColumns: ShaderFile = { file: "shared/existing.wgsl", text: existingText };
 export const workgroupSum: ShaderFile = { file: "shared/workgroup_sum.wgsl", text: workgroupSumText };
 
 export const kvBlocks: ShaderFile = { file: "shared/kv_blocks.wgsl", text: kvBlocksText };
+
+/** `struct Sequence`, of which every decoded sequence has one; `packSequence` writes it. */
+export const sequenceStruct: ShaderFile = { file: "shared/sequences.wgsl", text: sequencesText };
+
+export const splitsHelper: ShaderFile = { file: "shared/splits.wgsl", text: splitsText };
 
 export const subgroupRows: ShaderFile = { file: "shared/subgroup_rows.wgsl", text: subgroupRowsText };
 
@@ -25,6 +34,45 @@ export function unrollConst(unroll: boolean): { readonly UNROLL: number } {
  * whole blocks, which wastes at most 63 tokens.
  */
 export const KV_BLOCK = 64;
+
+/** Bytes of one `Sequence`. */
+export const SEQUENCE_BYTES = 16;
+
+/** What a sequence's decoding begins with. */
+export interface SequenceState {
+  /** Tokens in the cache, without the one that the next step runs. */
+  readonly length: number;
+  /** Tokens drawn so far. */
+  readonly step: number;
+  /** Any integer that a number holds exactly; its low 64 bits are the key of the random numbers. */
+  readonly seed: number;
+}
+
+/** A `Sequence` as `shared/sequences.wgsl` reads it. */
+export function packSequence({ length, step, seed }: SequenceState): Uint32Array<ArrayBuffer> {
+  return Uint32Array.of(length, step, seed >>> 0, Math.floor(seed / 2 ** 32) >>> 0);
+}
+
+/**
+ * Slices that the keys of one decoded query are cut into, at most: with a dozen heads three or more workgroups for each
+ * multiprocessor of the largest GPUs, and few enough to be merged by everyone who needs the result.
+ */
+export const MAX_SPLITS = 32;
+
+/** The same where several sequences fill a device together: never fewer than four, for long sequences among short ones. */
+export function mostSplits(sequences: number): number {
+  return Math.max(4, MAX_SPLITS / 2 ** Math.ceil(Math.log2(sequences)));
+}
+
+/** Blocks of a slice of `kvLen` keys, as in `shared/splits.wgsl`. */
+export function blocksPerSplit(kvLen: number, maxSplits = MAX_SPLITS): number {
+  return Math.ceil(Math.ceil(kvLen / KV_BLOCK) / maxSplits);
+}
+
+/** Slices of `kvLen` keys, as in `shared/splits.wgsl`. */
+export function splitCount(kvLen: number, maxSplits = MAX_SPLITS): number {
+  return Math.ceil(kvLen / (blocksPerSplit(kvLen, maxSplits) * KV_BLOCK));
+}
 
 /** The part of a layer's heads that one pair of cache buffers holds. */
 export interface HeadRange {

@@ -1,0 +1,6 @@
+@group(0) @binding(0) var<storage, read> partial_out: array<vec4f>;             // [rows, MAX_SPLITS, HEADS, HEAD_DIM4]
+@group(0) @binding(1) var<storage, read> partial_ml: array<vec2f>;              // [rows, MAX_SPLITS, HEADS]
+@group(0) @binding(2) var<storage, read> sequences: array<Sequence>;            // [rows]
+@group(0) @binding(3) var<storage, read> w: array<vec4<elem>>;                  // [inner, columns4]
+@group(0) @binding(4) var<storage, read> bias: array<vec4f>;                    // [columns4]
+@group(0) @binding(5) var<storage, read_write> out: array<vec4<out_elem>>;      // [rows, columns4]

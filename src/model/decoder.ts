@@ -1,0 +1,246 @@
+/**
+ * Decoding that stays on the GPU: a drawn token feeds the next step from GPU memory, so steps are handed over ahead of
+ * their results, which come back through a ring of small buffers. What is drawn does not depend on how far ahead that is.
+ *
+ * A step costs the host some dispatches to encode and a few bytes to read; what it knows of the sequences (`KvCache`'s
+ * lengths) follows the results, so steps whose results nobody asked for leave no trace: their rows of keys and values lie
+ * behind the length, where the next step writes.
+ */
+import type { ModelKernels } from "../kernels/index.ts";
+import {
+  packPlaces,
+  packSeen,
+  type Result,
+  RESULT_BYTES,
+  unpackLogprobs,
+  unpackResult,
+} from "../kernels/sampling/sampling.ts";
+import { packSequence, SEQUENCE_BYTES } from "../kernels/shared/shared.ts";
+import type { KvCache } from "../kvcache/cache.ts";
+import { type GpuBuffer, type Readback, upload } from "../runtime/buffers.ts";
+import type { Gpu } from "../runtime/device.ts";
+import { DispatchList, Recorder } from "../runtime/pass.ts";
+import type { Profiler } from "../runtime/profiler.ts";
+import type { GPT2Config } from "./config.ts";
+import { type DecodingName, type DecodingPlan, stepResultBytes } from "./memory_plan.ts";
+import { positionLimit, positionPlace, type Positions } from "./positions.ts";
+import { type SamplingOptions, type TokenLogprob, unusableLogits } from "./sampling.ts";
+
+export interface DecoderOptions {
+  /** The seed belongs to each sequence, see `begin`. */
+  readonly sampling: Omit<SamplingOptions, "seed">;
+  /** Also report the log-probability of each token and of this many likeliest ones; at most what was planned for. */
+  readonly logprobs?: number | undefined;
+}
+
+/** A token that came back. */
+export interface DrawnToken {
+  readonly sequence: number;
+  readonly id: number;
+  readonly logprob?: number;
+  readonly top?: readonly TokenLogprob[];
+}
+
+export type DecodingBuffers = Readonly<Record<DecodingName, GpuBuffer>>;
+
+/** What a loaded model lends to its decoders. */
+export interface DecoderParts {
+  readonly gpu: Gpu;
+  readonly config: GPT2Config;
+  readonly plan: DecodingPlan;
+  /** Tokens of a sequence at most. */
+  readonly context: number;
+  readonly kernels: ModelKernels;
+  readonly cache: KvCache;
+  readonly profiler: Profiler | undefined;
+  readonly buffers: DecodingBuffers;
+  /** `[sequences, vocab]` f32 after a step; after a prefill its last row is the first here. */
+  readonly logits: GpuBuffer;
+  /** One for each step in flight. */
+  readonly readbacks: readonly Readback[];
+  /** A step of all sequences, from `nextTokens` to `logits`. */
+  readonly step: DispatchList;
+}
+
+/** Work on the GPU whose results have not been read. */
+interface Submission {
+  readonly slot: number;
+  /** The sequences that it draws a token for, each with what `#turns` was for it. */
+  readonly draws: readonly { readonly sequence: number; readonly turn: number }[];
+  /** Whether it also appended a token to each of them. */
+  readonly isStep: boolean;
+  readonly bytes: Promise<ArrayBuffer>;
+}
+
+/** Draws tokens for the sequences of a model; one decoder of a model at a time. */
+export class Decoder {
+  readonly #parts: DecoderParts;
+  readonly #options: DecoderOptions;
+  /** Of each slot: drawing for one sequence after its prefill, by sequence, and for all of them. */
+  readonly #firstDraws: readonly (readonly DispatchList[])[];
+  readonly #draws: readonly DispatchList[];
+  readonly #inFlight: Submission[] = [];
+  /** How often each sequence has begun or ended: results of an earlier turn are nobody's. */
+  readonly #turns: number[];
+  readonly #isRunning: boolean[];
+  #submissions = 0;
+
+  private constructor(parts: DecoderParts, options: DecoderOptions) {
+    this.#parts = parts;
+    this.#options = options;
+    const { sequences, inFlight } = parts.plan;
+    const slots = Array.from({ length: inFlight }, (_, slot) => slot);
+    this.#draws = slots.map((slot) => this.#drawList(slot, 0, sequences));
+    this.#firstDraws = slots.map((slot) =>
+      Array.from({ length: sequences }, (_, sequence) => this.#drawList(slot, sequence, 1))
+    );
+    this.#turns = new Array<number>(sequences).fill(0);
+    this.#isRunning = new Array<boolean>(sequences).fill(false);
+  }
+
+  /** Compiles what draws the tokens, unless that is done, and makes everything ready to begin. */
+  static async create(parts: DecoderParts, options: DecoderOptions): Promise<Decoder> {
+    const { logprobs } = options;
+    if (logprobs !== undefined && logprobs > (parts.plan.logprobs ?? -1)) {
+      throw new Error(
+        `The model was loaded for ${parts.plan.logprobs} log-probabilities, not for ${logprobs}`,
+      );
+    }
+    await parts.kernels.prepare(drawRoles(options));
+    return new Decoder(parts, options);
+  }
+
+  /** Sequences whose tokens are drawn together. */
+  get sequences(): number {
+    return this.#parts.plan.sequences;
+  }
+
+  /** Results that are yet to be read. */
+  get inFlight(): number {
+    return this.#inFlight.length;
+  }
+
+  /** Results that may be under way at a time. */
+  get mostInFlight(): number {
+    return this.#parts.plan.inFlight;
+  }
+
+  /**
+   * Draws the first token of a sequence behind its prefill, which must be the last that ran.
+   * @param seen the tokens that the repetition penalty applies to
+   * @param logits those after the last token of the sequence where no prefill left them on the GPU
+   */
+  begin(sequence: number, seen: ArrayLike<number>, seed: number, logits?: Float32Array<ArrayBuffer>): void {
+    const { buffers, cache, config } = this.#parts;
+    // The draw counts one on: to the position of the token that it draws.
+    const state = { length: cache.lengthOf(sequence) - 1, step: 0, seed };
+    upload(buffers.sequences, packSequence(state), SEQUENCE_BYTES * sequence);
+    const bits = packSeen(seen, config.vocabSize);
+    upload(buffers.seen, bits, bits.byteLength * sequence);
+    if (logits) upload(this.#parts.logits, logits);
+    this.#turns[sequence]!++;
+    this.#isRunning[sequence] = true;
+    this.#submit([sequence], (r, slot) => r.replay(this.#firstDraws[slot]![sequence]!), false);
+  }
+
+  /** Hands over a step: every sequence's last token runs, and its next is drawn. */
+  step(): void {
+    const running = this.#isRunning.flatMap((isRunning, sequence) => isRunning ? [sequence] : []);
+    this.#submit(running, (r, slot) => {
+      r.replay(this.#parts.step);
+      r.replay(this.#draws[slot]!);
+    }, true);
+  }
+
+  /**
+   * Waits for the results of the oldest submission, and counts what it appended.
+   * @returns a token for each sequence that ran then and has not ended since
+   * @throws DeviceError when logits cannot be sampled from
+   */
+  async next(): Promise<DrawnToken[]> {
+    const submission = this.#inFlight.shift();
+    if (!submission) throw new Error("Nothing is in flight");
+    const bytes = await submission.bytes;
+    await this.#parts.profiler?.collect();
+    const drawn: DrawnToken[] = [];
+    for (const { sequence, turn } of submission.draws) {
+      if (turn !== this.#turns[sequence]) continue;
+      if (submission.isStep) this.#parts.cache.advance(1, sequence);
+      drawn.push(this.#tokenOf(bytes, sequence));
+    }
+    return drawn;
+  }
+
+  /** Ends a sequence: what is in flight for it is nobody's, as if it had not run. */
+  end(sequence: number): void {
+    this.#turns[sequence]!++;
+    this.#isRunning[sequence] = false;
+  }
+
+  /** Ends all sequences, and waits for what is in flight. */
+  async discard(): Promise<void> {
+    for (let sequence = 0; sequence < this.sequences; sequence++) this.end(sequence);
+    while (this.#inFlight.length > 0) await this.next();
+  }
+
+  #submit(draws: readonly number[], record: (r: Recorder, slot: number) => void, isStep: boolean): void {
+    const { gpu, profiler, plan, readbacks, buffers } = this.#parts;
+    if (this.#inFlight.length === plan.inFlight) {
+      throw new Error("There is no room for one more step in flight");
+    }
+    const slot = this.#submissions++ % plan.inFlight;
+    const readback = readbacks[slot]!;
+    const r = new Recorder(gpu, isStep ? "decode" : "first token", { profiler });
+    record(r, slot);
+    const sizes = stepResultBytes(plan);
+    r.copy(buffers.results, slot * sizes.results, readback, 0, sizes.results);
+    if (this.#options.logprobs !== undefined) {
+      r.copy(buffers.logprobs, slot * sizes.logprobs, readback, sizes.results, sizes.logprobs);
+    }
+    r.submit();
+    const bytes = readback.read();
+    bytes.catch(() => {}); // whoever asks for the result is told
+    const turns = draws.map((sequence) => ({ sequence, turn: this.#turns[sequence]! }));
+    this.#inFlight.push({ slot, draws: turns, isStep, bytes });
+  }
+
+  #tokenOf(bytes: ArrayBuffer, sequence: number): DrawnToken {
+    const { plan } = this.#parts;
+    const result: Result = unpackResult(new DataView(bytes, RESULT_BYTES * sequence, RESULT_BYTES));
+    if (result.problem !== undefined) throw unusableLogits(result.problem, result.at);
+    const { logprobs } = this.#options;
+    if (logprobs === undefined) return { sequence, id: result.id };
+    const sizes = stepResultBytes(plan);
+    const one = sizes.logprobs / plan.sequences;
+    const entries = unpackLogprobs(new DataView(bytes, sizes.results + one * sequence, one)).slice(
+      0,
+      1 + logprobs,
+    );
+    return { sequence, id: result.id, logprob: entries[0]!.logprob, top: entries.slice(1) };
+  }
+
+  /** Draws for `rows` sequences from the first rows of the logits. */
+  #drawList(slot: number, firstSequence: number, rows: number): DispatchList {
+    const { gpu, kernels, buffers, logits, config, context, plan } = this.#parts;
+    const { sampling, logprobs } = this.#options;
+    const list = new DispatchList(gpu);
+    const where = { vocab: config.vocabSize, sequences: plan.sequences, rows, firstSequence, slot };
+    kernels.draw(list, logits, buffers, { ...where, ...sampling, capacity: context });
+    if (logprobs !== undefined) {
+      kernels.logprobs(list, logits, buffers, { ...where, top: plan.logprobs! });
+    }
+    return list;
+  }
+}
+
+/** Roles of drawing tokens. */
+export function drawRoles({ sampling, logprobs }: DecoderOptions) {
+  const draw = sampling.temperature === 0 ? "greedy" as const : "draw" as const;
+  return logprobs === undefined ? [draw] : [draw, "logprobs" as const];
+}
+
+/** Where each position up to the context takes its embedding: what the sampler gives the next token. */
+export function packPositions(positions: Positions, context: number): DataView<ArrayBuffer> {
+  const last = Math.min(context, positionLimit(positions)) - 1;
+  return packPlaces(Array.from({ length: context }, (_, p) => positionPlace(positions, Math.min(p, last))));
+}
