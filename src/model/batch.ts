@@ -70,10 +70,8 @@ export async function* generateBatch(
       }
       if (slots.every((slot) => slot === undefined)) return;
       // Steps beyond what every sequence still lacks would be for nothing.
-      while (hasRoom(decoder) && slots.some((slot) => slot?.wantsStep)) {
-        for (const slot of slots) slot?.stepped();
-        decoder.step();
-      }
+      const lacking = Math.max(...slots.map((slot) => slot?.lacking ?? 0));
+      decoder.stepAhead(Math.min(decoder.mostInFlight, lacking));
       for (const token of await decoder.next()) {
         const slot = slots[token.sequence]!;
         options.onToken?.();
@@ -127,8 +125,6 @@ class Generation {
   readonly #tokens: number[] = [];
   readonly #logprobs: { logprob: number; top: readonly TokenLogprob[] }[] = [];
   #emitted = "";
-  /** Results that have been handed over or have come back. */
-  #asked = 1;
   #finishReason: FinishReason | undefined;
 
   constructor(
@@ -148,12 +144,9 @@ class Generation {
     return this.#finishReason !== undefined;
   }
 
-  get wantsStep(): boolean {
-    return this.#asked < this.#most;
-  }
-
-  stepped(): void {
-    this.#asked++;
+  /** Tokens that have not come back. */
+  get lacking(): number {
+    return this.#most - this.#tokens.length;
   }
 
   take({ id, logprob, top }: DrawnToken): void {

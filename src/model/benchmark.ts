@@ -374,9 +374,9 @@ export class Benchmark {
       decoder.begin(0, [], 0);
       await decoder.next();
       const starting = performance.now();
-      for (let handed = 0, drawn = 0; drawn < decoded; drawn++) {
+      for (let drawn = 0; drawn < decoded; drawn++) {
         signal.throwIfAborted();
-        for (; handed < decoded && decoder.inFlight < decoder.mostInFlight; handed++) decoder.step();
+        decoder.stepAhead(Math.min(decoder.mostInFlight, decoded - drawn));
         await decoder.next();
       }
       const elapsed = performance.now() - starting;

@@ -10,7 +10,6 @@ import type { ModelKernels } from "../kernels/index.ts";
 import {
   packPlaces,
   packSeen,
-  type Result,
   RESULT_BYTES,
   unpackLogprobs,
   unpackResult,
@@ -22,7 +21,12 @@ import type { Gpu } from "../runtime/device.ts";
 import { DispatchList, Recorder } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import type { GPT2Config } from "./config.ts";
-import { type DecodingName, type DecodingPlan, stepResultBytes } from "./memory_plan.ts";
+import {
+  type DecodingName,
+  type DecodingPlan,
+  stepResultBytes,
+  STEPS_PER_SUBMISSION,
+} from "./memory_plan.ts";
 import { positionLimit, positionPlace, type Positions } from "./positions.ts";
 import { type SamplingOptions, type TokenLogprob, unusableLogits } from "./sampling.ts";
 
@@ -56,44 +60,41 @@ export interface DecoderParts {
   readonly buffers: DecodingBuffers;
   /** `[sequences, vocab]` f32 after a step; after a prefill its last row is the first here. */
   readonly logits: GpuBuffer;
-  /** One for each step in flight. */
+  /** One for each submission in flight. */
   readonly readbacks: readonly Readback[];
   /** A step of all sequences, from `nextTokens` to `logits`. */
   readonly step: DispatchList;
 }
 
-/** Work on the GPU whose results have not been read. */
+/** Work on the GPU whose results have not been read: steps one after another, or the draw behind a prefill. */
 interface Submission {
-  readonly slot: number;
-  /** The sequences that it draws a token for, each with what `#turns` was for it. */
+  readonly steps: number;
+  /** The sequences that it draws tokens for, each with what `#turns` was for it. */
   readonly draws: readonly { readonly sequence: number; readonly turn: number }[];
-  /** Whether it also appended a token to each of them. */
-  readonly isStep: boolean;
+  /** Whether each step also appended a token to each of them. */
+  readonly appends: boolean;
   readonly bytes: Promise<ArrayBuffer>;
+  /** Steps whose results have been handed out. */
+  taken: number;
 }
 
 /** Draws tokens for the sequences of a model; one decoder of a model at a time. */
 export class Decoder {
   readonly #parts: DecoderParts;
   readonly #options: DecoderOptions;
-  /** Of each slot: drawing for one sequence after its prefill, by sequence, and for all of them. */
-  readonly #firstDraws: readonly (readonly DispatchList[])[];
-  readonly #draws: readonly DispatchList[];
-  readonly #inFlight: Submission[] = [];
+  readonly #drawLists = new Map<string, DispatchList>();
+  readonly #submissions: Submission[] = [];
+  #submitted = 0;
+  /** Steps in flight. */
+  #inFlight = 0;
   /** How often each sequence has begun or ended: results of an earlier turn are nobody's. */
   readonly #turns: number[];
   readonly #isRunning: boolean[];
-  #submissions = 0;
 
   private constructor(parts: DecoderParts, options: DecoderOptions) {
     this.#parts = parts;
     this.#options = options;
-    const { sequences, inFlight } = parts.plan;
-    const slots = Array.from({ length: inFlight }, (_, slot) => slot);
-    this.#draws = slots.map((slot) => this.#drawList(slot, 0, sequences));
-    this.#firstDraws = slots.map((slot) =>
-      Array.from({ length: sequences }, (_, sequence) => this.#drawList(slot, sequence, 1))
-    );
+    const { sequences } = parts.plan;
     this.#turns = new Array<number>(sequences).fill(0);
     this.#isRunning = new Array<boolean>(sequences).fill(false);
   }
@@ -115,12 +116,12 @@ export class Decoder {
     return this.#parts.plan.sequences;
   }
 
-  /** Results that are yet to be read. */
+  /** Steps whose results are yet to be read. */
   get inFlight(): number {
-    return this.#inFlight.length;
+    return this.#inFlight;
   }
 
-  /** Results that may be under way at a time. */
+  /** Steps that may be under way at a time. */
   get mostInFlight(): number {
     return this.#parts.plan.inFlight;
   }
@@ -140,33 +141,44 @@ export class Decoder {
     if (logits) upload(this.#parts.logits, logits);
     this.#turns[sequence]!++;
     this.#isRunning[sequence] = true;
-    this.#submit([sequence], (r, slot) => r.replay(this.#firstDraws[slot]![sequence]!), false);
-  }
-
-  /** Hands over a step: every sequence's last token runs, and its next is drawn. */
-  step(): void {
-    const running = this.#isRunning.flatMap((isRunning, sequence) => isRunning ? [sequence] : []);
-    this.#submit(running, (r, slot) => {
-      r.replay(this.#parts.step);
-      r.replay(this.#draws[slot]!);
-    }, true);
+    this.#submit(1, [sequence], false, (r, slot) => r.replay(this.#drawList(slot, sequence, 1)));
   }
 
   /**
-   * Waits for the results of the oldest submission, and counts what it appended.
+   * Hands over steps until `ahead` are in flight, but waits while more than half of that are: steps that share a submission
+   * cost the host and the GPU less than one submission each. In a step every sequence's last token runs and its next is
+   * drawn.
+   */
+  stepAhead(ahead: number): void {
+    if (this.#inFlight > ahead / 2) return;
+    const running = this.#isRunning.flatMap((isRunning, sequence) => isRunning ? [sequence] : []);
+    while (this.#inFlight < ahead) {
+      const steps = Math.min(ahead - this.#inFlight, STEPS_PER_SUBMISSION);
+      this.#submit(steps, running, true, (r, slot) => {
+        r.replay(this.#parts.step);
+        r.replay(this.#drawList(slot, 0, this.sequences));
+      });
+    }
+  }
+
+  /**
+   * Waits for the results of the oldest step, and counts what it appended.
    * @returns a token for each sequence that ran then and has not ended since
    * @throws DeviceError when logits cannot be sampled from
    */
   async next(): Promise<DrawnToken[]> {
-    const submission = this.#inFlight.shift();
+    const submission = this.#submissions[0];
     if (!submission) throw new Error("Nothing is in flight");
     const bytes = await submission.bytes;
-    await this.#parts.profiler?.collect();
+    if (submission.taken === 0) await this.#parts.profiler?.collect();
+    const step = submission.taken++;
+    this.#inFlight--;
+    if (submission.taken === submission.steps) this.#submissions.shift();
     const drawn: DrawnToken[] = [];
     for (const { sequence, turn } of submission.draws) {
       if (turn !== this.#turns[sequence]) continue;
-      if (submission.isStep) this.#parts.cache.advance(1, sequence);
-      drawn.push(this.#tokenOf(bytes, sequence));
+      if (submission.appends) this.#parts.cache.advance(1, sequence);
+      drawn.push(this.#tokenOf(bytes, step, sequence));
     }
     return drawn;
   }
@@ -180,47 +192,64 @@ export class Decoder {
   /** Ends all sequences, and waits for what is in flight. */
   async discard(): Promise<void> {
     for (let sequence = 0; sequence < this.sequences; sequence++) this.end(sequence);
-    while (this.#inFlight.length > 0) await this.next();
+    while (this.#inFlight > 0) await this.next();
   }
 
-  #submit(draws: readonly number[], record: (r: Recorder, slot: number) => void, isStep: boolean): void {
+  #submit(
+    steps: number,
+    draws: readonly number[],
+    appends: boolean,
+    record: (r: Recorder, slot: number) => void,
+  ): void {
     const { gpu, profiler, plan, readbacks, buffers } = this.#parts;
-    if (this.#inFlight.length === plan.inFlight) {
-      throw new Error("There is no room for one more step in flight");
-    }
-    const slot = this.#submissions++ % plan.inFlight;
-    const readback = readbacks[slot]!;
-    const r = new Recorder(gpu, isStep ? "decode" : "first token", { profiler });
-    record(r, slot);
+    if (this.#inFlight + steps > plan.inFlight) throw new Error("There is no room for more steps in flight");
+    // There are no more submissions in flight than steps.
+    const turn = this.#submitted++ % plan.inFlight;
+    const readback = readbacks[turn]!;
+    const firstSlot = turn * STEPS_PER_SUBMISSION;
+    const r = new Recorder(gpu, appends ? "decode" : "first token", { profiler });
+    for (let step = 0; step < steps; step++) record(r, firstSlot + step);
     const sizes = stepResultBytes(plan);
-    r.copy(buffers.results, slot * sizes.results, readback, 0, sizes.results);
+    r.copy(buffers.results, firstSlot * sizes.results, readback, 0, steps * sizes.results);
     if (this.#options.logprobs !== undefined) {
-      r.copy(buffers.logprobs, slot * sizes.logprobs, readback, sizes.results, sizes.logprobs);
+      const bytes = steps * sizes.logprobs;
+      r.copy(
+        buffers.logprobs,
+        firstSlot * sizes.logprobs,
+        readback,
+        STEPS_PER_SUBMISSION * sizes.results,
+        bytes,
+      );
     }
     r.submit();
     const bytes = readback.read();
     bytes.catch(() => {}); // whoever asks for the result is told
     const turns = draws.map((sequence) => ({ sequence, turn: this.#turns[sequence]! }));
-    this.#inFlight.push({ slot, draws: turns, isStep, bytes });
+    this.#submissions.push({ steps, draws: turns, appends, bytes, taken: 0 });
+    this.#inFlight += steps;
   }
 
-  #tokenOf(bytes: ArrayBuffer, sequence: number): DrawnToken {
+  /** A sequence's token of one of a submission's steps. */
+  #tokenOf(bytes: ArrayBuffer, step: number, sequence: number): DrawnToken {
     const { plan } = this.#parts;
-    const result: Result = unpackResult(new DataView(bytes, RESULT_BYTES * sequence, RESULT_BYTES));
+    const sizes = stepResultBytes(plan);
+    const result = unpackResult(
+      new DataView(bytes, step * sizes.results + RESULT_BYTES * sequence, RESULT_BYTES),
+    );
     if (result.problem !== undefined) throw unusableLogits(result.problem, result.at);
     const { logprobs } = this.#options;
     if (logprobs === undefined) return { sequence, id: result.id };
-    const sizes = stepResultBytes(plan);
     const one = sizes.logprobs / plan.sequences;
-    const entries = unpackLogprobs(new DataView(bytes, sizes.results + one * sequence, one)).slice(
-      0,
-      1 + logprobs,
-    );
-    return { sequence, id: result.id, logprob: entries[0]!.logprob, top: entries.slice(1) };
+    const at = STEPS_PER_SUBMISSION * sizes.results + step * sizes.logprobs + one * sequence;
+    const [drawn, ...top] = unpackLogprobs(new DataView(bytes, at, one));
+    return { sequence, id: result.id, logprob: drawn!.logprob, top: top.slice(0, logprobs) };
   }
 
-  /** Draws for `rows` sequences from the first rows of the logits. */
+  /** Draws for `rows` sequences from the first rows of the logits, made once for each place of results. */
   #drawList(slot: number, firstSequence: number, rows: number): DispatchList {
+    const key = `${slot},${firstSequence},${rows}`;
+    const known = this.#drawLists.get(key);
+    if (known) return known;
     const { gpu, kernels, buffers, logits, config, context, plan } = this.#parts;
     const { sampling, logprobs } = this.#options;
     const list = new DispatchList(gpu);
@@ -229,6 +258,7 @@ export class Decoder {
     if (logprobs !== undefined) {
       kernels.logprobs(list, logits, buffers, { ...where, top: plan.logprobs! });
     }
+    this.#drawLists.set(key, list);
     return list;
   }
 }

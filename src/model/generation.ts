@@ -79,7 +79,7 @@ export async function* generate(
       if (options.signal?.aborted) return text.finish("interrupt");
       // One step more each time: the first tokens do not wait until many steps are handed over.
       const ahead = Math.min(depth, drawn + 2, most - drawn);
-      while (decoder.inFlight < ahead) decoder.step();
+      decoder.stepAhead(ahead);
       const { sequence: _, ...token } = (await decoder.next())[0]!;
       if (eosIds.includes(token.id)) return text.finish("eos");
       const { emit, stopped } = text.push(token.id);

@@ -33,6 +33,7 @@ import {
   planMemory,
   type PlannedBuffer,
   stepResultBytes,
+  STEPS_PER_SUBMISSION,
 } from "./memory_plan.ts";
 import { exactPositions, positionLimit, positionPlace, type Positions } from "./positions.ts";
 import { tokensOf, type TokenSource } from "./token_source.ts";
@@ -108,7 +109,7 @@ interface DecodingParts {
   readonly buffers: DecodingBuffers;
   /** Of the kernels of a step. */
   readonly parameters: GpuBuffer;
-  /** One for each step in flight. */
+  /** One for each submission in flight. */
   readonly readbacks: readonly Readback[];
 }
 
@@ -204,7 +205,11 @@ export class Gpt2 {
           plan: decoding,
           buffers: decodingBuffers,
           parameters: createParameters(gpu, decodeParametersBytes(config)),
-          readbacks: readbacks(decoding.inFlight, "drawn tokens", step.results + step.logprobs),
+          readbacks: readbacks(
+            decoding.inFlight,
+            "drawn tokens",
+            STEPS_PER_SUBMISSION * (step.results + step.logprobs),
+          ),
         };
         owned.push(decodingParts.parameters);
       }

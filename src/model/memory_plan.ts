@@ -84,6 +84,9 @@ export type MemoryLimits =
   & Pick<Capabilities, "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">
   & Partial<Pick<Capabilities, "subgroupMatrix">>;
 
+/** Steps of decoding that are handed to the GPU together, at most. */
+export const STEPS_PER_SUBMISSION = 4;
+
 /** What a run that generates asks for. */
 export interface DecodingPlan {
   /** Sequences that are decoded together. */
@@ -152,8 +155,8 @@ export type DecodingName =
   | "seen" // [sequences, vocab / 32] u32: a bit for each token that the repetition penalty applies to
   | "partialOut" // [sequences, mostSplits, heads, headDim] f32
   | "partialMl" // [sequences, mostSplits, heads, 2] f32
-  | "results" // [inFlight, sequences] Result
-  | "logprobs"; // [inFlight, sequences, 1 + logprobs, 2] u32
+  | "results" // [slots, sequences] Result: a slot for each step of as many submissions as steps may be in flight
+  | "logprobs"; // [slots, sequences, 1 + logprobs, 2] u32
 
 /** Bytes that a step leaves for the host, the result of each sequence and then its log-probabilities. */
 export function stepResultBytes(
@@ -279,6 +282,7 @@ function planDecoding(
 ): Readonly<Record<DecodingName, PlannedBuffer>> {
   const { sequences, inFlight } = decoding;
   const slices = sequences * mostSplits(sequences);
+  const slots = inFlight * STEPS_PER_SUBMISSION;
   const step = stepResultBytes(decoding);
   const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
   return {
@@ -288,8 +292,8 @@ function planDecoding(
     seen: buffer("tokens seen", seenBytes(config.vocabSize) * sequences),
     partialOut: buffer("attention splits", 4 * slices * paddedSizes(config).headsWidth),
     partialMl: buffer("attention split statistics", 8 * slices * config.nHead),
-    results: buffer("drawn tokens", step.results * inFlight),
-    logprobs: buffer("log-probabilities", step.logprobs * inFlight),
+    results: buffer("drawn tokens", step.results * slots),
+    logprobs: buffer("log-probabilities", step.logprobs * slots),
   };
 }
 
@@ -311,7 +315,8 @@ function planStaging(
 ): PlannedBuffer[] {
   const { vocabSize } = config;
   const step = decoding && stepResultBytes(decoding);
-  const results = planned("readback of drawn tokens", "staging", step ? step.results + step.logprobs : 0);
+  const resultBytes = step ? STEPS_PER_SUBMISSION * (step.results + step.logprobs) : 0;
+  const results = planned("readback of drawn tokens", "staging", resultBytes);
   const nll = planned("readback of negative log-likelihoods", "staging", 4 * chunkTokens);
   return [
     ...Array.from({ length: UPLOAD_STAGES }, () => planned("uploads", "staging", UPLOAD_STAGE_BYTES)),

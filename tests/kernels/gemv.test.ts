@@ -9,7 +9,13 @@ import {
 } from "../../src/kernels/gemv/gemv.ts";
 import { layerNormReference } from "../../src/kernels/layer_norm/reference.ts";
 import type { Epilogue } from "../../src/kernels/matmul/matmul.ts";
-import { MAX_SPLITS, packSequence, splitCount } from "../../src/kernels/shared/shared.ts";
+import {
+  KV_BLOCK,
+  MAX_SPLITS,
+  mostSplits,
+  packSequence,
+  splitCount,
+} from "../../src/kernels/shared/shared.ts";
 import { openDevice } from "../../src/runtime/device.ts";
 import { type Elem, type Op, supports } from "../../src/runtime/kernel.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, maxAbs, reportErrors } from "../support/compare.ts";
@@ -38,6 +44,8 @@ import {
 import { normalArray, uniformArray } from "../support/random.ts";
 
 const gpu = await testDevice();
+/** Validates everything and runs nothing, with the limits that every device has. */
+const nullGpu = await openDevice({ nullBackend: true });
 
 const EPSILON = 1e-5;
 
@@ -46,7 +54,7 @@ const forms = Object.keys(plainGemv) as Form[];
 
 type Tensors = Readonly<Record<string, Tensor>>;
 
-/** What the rows of `x` are made from, and what should become of it. */
+/** What the rows of `x` are made from, and what they should be. */
 interface Rows {
   /** Of these, each row of the product has its own part. */
   readonly perRow: Tensors;
@@ -58,19 +66,25 @@ interface Rows {
   readonly sizes: ArrayLike<number>;
 }
 
-/** Where `x` comes from, with its size: one of the three prologues. */
+/** A prologue with the size of its `x`. */
 interface Source {
   /** Columns of `x`, padding included. */
   readonly inner: number;
-  candidates(elem: Elem, epilogue: Epilogue, rows: number, unroll: boolean): Op<LayerNormGemvProblem>[];
-  rows(elem: Elem, rows: number): Rows;
+  /** @param sequences how many rows a model would be loaded for */
+  candidates(elem: Elem, epilogue: Epilogue, sequences: number, unroll: boolean): Op<LayerNormGemvProblem>[];
+  rows(elem: Elem, rows: number, sequences: number): Rows;
 }
 
-/** A kernel with a variant, and what of the variant the test must know. */
-interface Case {
-  readonly gemv: Op<LayerNormGemvProblem>;
+/** What is multiplied, and by which variants. */
+interface Setup {
+  readonly source: Source;
   readonly elem: Elem;
   readonly epilogue: Epilogue;
+  readonly sequences: number;
+}
+
+interface Case extends Setup {
+  readonly gemv: Op<LayerNormGemvProblem>;
 }
 
 /** All inputs of a product. */
@@ -85,7 +99,7 @@ function plainOf(width: number): Source {
   return {
     inner,
     candidates: (elem, epilogue, rows, unroll) =>
-      gemvCandidates(plainGemv, { elem, epilogue, inner }, { inner, rows, unroll }),
+      gemvCandidates(plainGemv, { elem, epilogue, inner }, { rows, unroll }),
     rows(elem, rows) {
       const x = padRows(rounded(normalArray(1, rows * width), elem), width);
       return { perRow: { x: tensor(elem, x) }, shared: {}, exact: x, plain: x, sizes: x };
@@ -98,7 +112,7 @@ function layerNormOf(width: number, mean = 0.3, deviation = 2): Source {
   return {
     inner,
     candidates: (elem, epilogue, rows, unroll) =>
-      gemvCandidates(layerNormGemv, { elem, epilogue, inner, width }, { inner, rows, unroll }),
+      gemvCandidates(layerNormGemv, { elem, epilogue, inner, width }, { rows, unroll }),
     rows(_, rows) {
       const x = rounded(normalArray(1, rows * width, mean, deviation), "f32");
       const gain = rounded(normalArray(5, width, 1, 0.5), "f32");
@@ -114,19 +128,27 @@ function layerNormOf(width: number, mean = 0.3, deviation = 2): Source {
   };
 }
 
-/** Intermediates of a row: its values against its deviation, through the gain, and the shift. */
+/** Intermediates of each element: the row's values against its deviation, through the gain, and the shift. */
 function layerNormSizes(x: Float32Array, gain: Float32Array, shift: Float32Array, width: number) {
-  return Float64Array.from(x, (_, i) => {
-    const row = x.subarray(i - i % width, i - i % width + width);
+  const out = new Float64Array(x.length);
+  for (let base = 0; base < x.length; base += width) {
+    const row = x.subarray(base, base + width);
     const mean = row.reduce((a, b) => a + b, 0) / width;
     const variance = row.reduce((a, b) => a + (b - mean) ** 2, 0) / width;
-    const c = i % width;
-    return maxAbs(row) / Math.sqrt(variance + EPSILON) * Math.abs(gain[c]!) + Math.abs(shift[c]!);
-  });
+    const largest = maxAbs(row) / Math.sqrt(variance + EPSILON);
+    for (let c = 0; c < width; c++) out[base + c] = largest * Math.abs(gain[c]!) + Math.abs(shift[c]!);
+  }
+  return out;
 }
 
-/** Keys of each row's sequence: in slices they are 2, 31, 1, 32, 32 (of two blocks each), 17 and 1. */
-const KV_LENS = [65, 1984, 64, 2048, 4000, 2049, 1];
+/** Keys of each row's sequence: 2, 31, 1, 32, 32 (of two blocks each), 17 and 1 slices, then every other number. */
+const KV_LENS = [
+  ...[65, 1984, 64, 2048, 4000, 2049, 1],
+  ...Array.from({ length: MAX_SPLITS }, (_, i) => KV_BLOCK * (MAX_SPLITS - i) - i),
+];
+
+/** How far the maxima of a row's slices are apart: equal, or so far that only one counts, and between. */
+const SPREADS = [3, 0, 30, 1000];
 
 /** One slice of one head: numerators, their maximum (as a power of two) and the sum of their exponentials. */
 interface Slice {
@@ -135,67 +157,59 @@ interface Slice {
   readonly l: number;
 }
 
-function mergeOf(heads: number, headDim: number, kvLens = KV_LENS, spread = 3): Source {
+function mergeOf(heads: number, headDim: number): Source {
   const headDim4 = Math.ceil(headDim / 4);
   const inner = 4 * heads * headDim4;
   return {
     inner,
-    candidates: (elem, epilogue, rows, unroll) =>
-      gemvCandidates(mergeGemv, { elem, epilogue, inner, heads, headDim4 }, { inner, rows, unroll }),
-    rows(_, rows) {
-      const lens = Array.from({ length: rows }, (_, r) => kvLens[r % kvLens.length]!);
+    candidates(elem, epilogue, rows, unroll) {
+      const own = { elem, epilogue, inner, heads, headDim4, maxSplits: mostSplits(rows) };
+      return gemvCandidates(mergeGemv, own, { rows, unroll });
+    },
+    rows(_, rows, sequences) {
+      const maxSplits = mostSplits(sequences);
+      const lens = Array.from({ length: rows }, (_, r) => KV_LENS[r % KV_LENS.length]!);
       // Slices that do not exist stay NaN: nobody has written them.
-      const partialOut = new Float64Array(rows * MAX_SPLITS * inner).fill(NaN);
-      const partialMl = new Float64Array(rows * MAX_SPLITS * heads * 2).fill(NaN);
-      const exact: Float64Array[] = [];
-      const plain: Float32Array[] = [];
-      const sizes: Float64Array[] = [];
+      const partialOut = new Float64Array(rows * maxSplits * inner).fill(NaN);
+      const partialMl = new Float64Array(rows * maxSplits * heads * 2).fill(NaN);
+      const x = { exact: [] as number[], plain: [] as number[], sizes: [] as number[] };
       lens.forEach((kvLen, r) => {
         for (let h = 0; h < heads; h++) {
-          const slices = randomSlices(r * heads + h, splitCount(kvLen), headDim, spread);
+          const slices = randomSlices(r * heads + h, splitCount(kvLen, maxSplits), headDim, SPREADS[r % 4]!);
           slices.forEach(({ out, m, l }, s) => {
-            const index = (r * MAX_SPLITS + s) * heads + h;
+            const index = (r * maxSplits + s) * heads + h;
             partialOut.set(padRows(out, headDim), index * 4 * headDim4);
             partialMl.set([m, l], index * 2);
           });
           // The kernel's exponentials are powers of two, the reference's of e.
-          const natural = slices.map(({ out, m, l }) => ({
-            out: Float64Array.from(out),
-            m: m * Math.LN2,
-            l,
-          }));
-          exact.push(padRows(combineReference(natural), headDim));
-          sizes.push(
-            padRows(combineReference(natural.map((s) => ({ ...s, out: s.out.map(Math.abs) }))), headDim),
-          );
-          plain.push(Float32Array.from(padRows(plainMerge(slices), headDim)));
+          const parts = slices.map(({ out, m, l }) => ({ out: Float64Array.from(out), m: m * Math.LN2, l }));
+          const absolute = parts.map((part) => ({ ...part, out: part.out.map(Math.abs) }));
+          x.exact.push(...padRows(combineReference(parts), headDim));
+          x.plain.push(...padRows(plainMerge(slices), headDim));
+          x.sizes.push(...padRows(combineReference(absolute), headDim));
         }
       });
+      const states = lens.flatMap((kvLen) => [...packSequence({ length: kvLen - 1, step: 7, seed: 9 })]);
       return {
         perRow: {
           partial_out: tensor("f32", partialOut),
           partial_ml: tensor("f32", partialMl),
-          sequences: tensor(
-            "u32",
-            lens.flatMap((kvLen) => [...packSequence({ length: kvLen - 1, step: 7, seed: 9 })]),
-          ),
+          sequences: tensor("u32", states),
         },
         shared: {},
-        exact: exact.flatMap((head) => [...head]),
-        plain: plain.flatMap((head) => [...head]),
-        sizes: sizes.flatMap((head) => [...head]),
+        ...x,
       };
     },
   };
 }
 
-/** Slices as keys could give them: sums of at least one, numerators of about that size, maxima `spread` apart. */
+/** Slices as keys could give them: sums of at least one, numerators of about that size. */
 function randomSlices(seed: number, count: number, headDim: number, spread: number): Slice[] {
   const maxima = rounded(normalArray(1000 + seed, count, 0, spread), "f32");
   const sums = rounded(uniformArray(2000 + seed, count, 1, 64), "f32");
   const values = normalArray(3000 + seed, count * headDim);
   return Array.from({ length: count }, (_, s) => ({
-    out: rounded(values.subarray(s * headDim, (s + 1) * headDim).map((v) => v * sums[s]!), "f32"),
+    out: rounded(values.subarray(s * headDim, (s + 1) * headDim).map((value) => value * sums[s]!), "f32"),
     m: maxima[s]!,
     l: sums[s]!,
   }));
@@ -204,11 +218,11 @@ function randomSlices(seed: number, count: number, headDim: number, spread: numb
 /** The merge with running f32 sums over the slices in order. */
 function plainMerge(slices: readonly Slice[]): Float32Array {
   const { fround } = Math;
-  const max = Math.max(...slices.map(({ m }) => m));
+  const top = Math.max(...slices.map(({ m }) => m));
   const sums = new Float32Array(slices[0]!.out.length);
   let total = 0;
   for (const { out, m, l } of slices) {
-    const weight = fround(2 ** fround(m - max));
+    const weight = fround(2 ** fround(m - top));
     total = fround(total + fround(weight * l));
     for (let d = 0; d < sums.length; d++) sums[d] = sums[d]! + fround(weight * out[d]!);
   }
@@ -216,9 +230,9 @@ function plainMerge(slices: readonly Slice[]): Float32Array {
 }
 
 /** Random inputs; the rows of `w` that meet padding columns of `x` hold numbers, which must not matter. */
-function inputs(source: Source, elem: Elem, rows: number, columns: number): Given {
+function inputs({ source, elem, sequences }: Setup, rows: number, columns: number): Given {
   const size = { rows, inner: source.inner, columns };
-  return { ...size, ...source.rows(elem, rows), ...randomWeights(elem, size) };
+  return { ...size, ...source.rows(elem, rows, sequences), ...randomWeights(elem, size) };
 }
 
 function mapTensors(tensors: Tensors, change: (t: Tensor) => ArrayLike<number>): Tensors {
@@ -237,7 +251,11 @@ async function runGemv({ gemv, elem, epilogue }: Case, given: Given): Promise<Fl
   return out!;
 }
 
-async function checkGemv(c: Case, given: Given, hard = ""): Promise<void> {
+async function checkGemv(
+  c: Case,
+  given: Given,
+  kernel = `${c.gemv.kernel.name} ${c.epilogue}`,
+): Promise<void> {
   const { elem, epilogue } = c;
   const { exact, plain, sizes } = given;
   expectClose(
@@ -245,7 +263,7 @@ async function checkGemv(c: Case, given: Given, hard = ""): Promise<void> {
     exactMatmul({ ...given, x: exact }, epilogue),
     plainMatmul({ ...given, x: plain }, epilogue),
     {
-      kernel: `${c.gemv.kernel.name} ${epilogue}${hard}`,
+      kernel,
       elem,
       stored: epilogue === "residual" ? "f32" : elem,
       magnitude: matmulMagnitude({ ...given, x: sizes }, epilogue),
@@ -253,139 +271,175 @@ async function checkGemv(c: Case, given: Given, hard = ""): Promise<void> {
   );
 }
 
-/** What the device runs of one form, each variant once, for each number of rows that a model could be loaded for. */
-function cases(
-  source: Source,
-  form: Form,
-  elem: Elem,
-  epilogue: Epilogue,
-  loadedFor: readonly number[] = [1, 2, 3, 4, 8],
-): Case[] {
-  const ops = loadedFor.flatMap((rows) =>
-    [true, false].flatMap((unroll) => source.candidates(elem, epilogue, rows, unroll))
-  ).filter(({ kernel }) => kernel.name.endsWith(`_${form}`));
-  const distinct = new Map(runnable(gpu, ops).map((gemv) => [titleOf(gemv), gemv]));
-  return [...distinct.values()].map((gemv) => ({ gemv, elem, epilogue }));
+/** Prologues by the name of their kernels, with `x` of the same widths, but for padding, in the same order. */
+const SOURCES = {
+  plain: [18, 1, 12, 64, 98, 192, 260, 768, 3072].map((width) => plainOf(width)),
+  layer_norm: [18, 1, 11, 64, 97, 192, 257, 768, 3072].map((width) => layerNormOf(width)),
+  merge: [[5, 3], [1, 1], [3, 4], [1, 64], [5, 20], [3, 64], [5, 50], [12, 64], [48, 64]]
+    .map(([heads, headDim]) => mergeOf(heads!, headDim!)),
+} as const;
+const INNER = [20, 4, 12, 64, 100, 192, 260, 768, 3072];
+
+/**
+ * Software Vulkan takes seconds to compile each variant, so there every epilogue is tested with one size and one number of
+ * rows, others for each type; other devices get each epilogue with all numbers of rows, and all sizes.
+ */
+function setups(sources: readonly Source[], elem: Elem): Setup[] {
+  const setup = (inner: number, epilogue: Epilogue, sequences: number): Setup => ({
+    source: sources[INNER.indexOf(inner)]!,
+    elem,
+    epilogue,
+    sequences,
+  });
+  if (gpu.caps.isSoftware) {
+    return elem === "f32"
+      ? [setup(3072, "bias", 1), setup(260, "bias_gelu", 4), setup(100, "residual", 8)]
+      : [setup(768, "bias", 2), setup(20, "bias_gelu", 8), setup(4, "residual", 1)];
+  }
+  return [
+    ...epilogues.flatMap((epilogue) => [1, 2, 3, 4, 8].map((rows) => setup(20, epilogue, rows))),
+    ...INNER.flatMap((inner) => [1, 4].map((rows) => setup(inner, "bias", rows))),
+  ];
 }
 
-/** Named as the kernels; each with every number of columns that is tested, the smallest first. */
-const SOURCES: Readonly<Record<string, readonly Source[]>> = {
-  plain: [18, 1, 12, 64, 100, 192, 260, 768, 3072].map((width) => plainOf(width)),
-  layer_norm: [18, 1, 11, 64, 97, 192, 260, 768, 3072].map((width) => layerNormOf(width)),
-  merge: ([[3, 6], [1, 4], [3, 4], [1, 64], [3, 8], [5, 20], [3, 64], [5, 50], [12, 64], [48, 64]] as const)
-    .map(([heads, headDim]) => mergeOf(heads, headDim)),
-};
+/** Candidates of one form, whether the device runs them or not. */
+function candidatesOf(form: Form, { source, elem, epilogue, sequences }: Setup): Op<LayerNormGemvProblem>[] {
+  return [true, false]
+    .flatMap((unroll) => source.candidates(elem, epilogue, sequences, unroll))
+    .filter(({ kernel }) => kernel.name.endsWith(`_${form}`));
+}
 
-/** Defines a test for each kernel and form; one that the device cannot run at all shows as skipped. */
+/** What the device runs of one form, each variant once; on software only the preferred one. */
+function cases(form: Form, setup: Setup): Case[] {
+  const ops = new Map(runnable(gpu, candidatesOf(form, setup)).map((gemv) => [titleOf(gemv), gemv]));
+  expect(ops.size).toBeGreaterThan(0);
+  return [...ops.values()].slice(0, gpu.caps.isSoftware ? 1 : ops.size).map((gemv) => ({ ...setup, gemv }));
+}
+
+/** Defines a test of each kernel, of those of one prologue if it is named; what the device lacks shows as skipped. */
 function eachKernel(
   elem: Elem,
   title: string,
-  check: (form: Form, sources: readonly Source[]) => Promise<void>,
-  names = Object.keys(SOURCES),
+  check: (c: Case) => Promise<void>,
+  only?: keyof typeof SOURCES,
+  isMeant: (setup: Setup) => boolean = () => true,
 ): void {
-  for (const name of names) {
+  for (const [name, sources] of Object.entries(SOURCES)) {
+    if (only !== undefined && name !== only) continue;
     for (const form of forms) {
-      const sources = SOURCES[name]!;
-      const [first] = sources[0]!.candidates(elem, "bias", 1, form !== "software")
-        .filter(({ kernel }) => kernel.name.endsWith(`_${form}`));
-      const verdict = supports(first!.kernel, first!.variant, gpu.caps);
-      const full = `${first!.kernel.name} ${elem} ${title}`;
-      test.skipIf(verdict !== true)(
-        verdict === true ? full : `${full}: ${verdict}`,
-        () => check(form, sources),
-      );
+      const chosen = setups(sources, elem).filter(isMeant);
+      const { kernel, variant } = candidatesOf(form, { ...chosen[0]!, sequences: 1 }).at(-1)!;
+      const verdict = supports(kernel, variant, gpu.caps);
+      const full = `${kernel.name} ${elem} ${title}`;
+      test.skipIf(verdict !== true)(verdict === true ? full : `${full}: ${verdict}`, async () => {
+        for (const setup of chosen) for (const c of cases(form, setup)) await check(c);
+      });
     }
   }
 }
 
+const isLong = ({ source }: Setup) => source.inner >= 768;
+
 describe("gemv", () => {
   afterAll(reportErrors);
   eachElem(gpu, (elem) => {
-    for (const epilogue of epilogues) {
-      eachKernel(elem, `${epilogue} matches the f64 reference at awkward sizes`, async (form, [source]) => {
-        for (const c of cases(source!, form, elem, epilogue)) {
-          for (const rows of [1, 2, 3, 7, 8, 9, 17, 32]) await checkGemv(c, inputs(source!, elem, rows, 68));
-          for (const columns of [4, 12, 60, 132]) await checkGemv(c, inputs(source!, elem, 3, columns));
-        }
-      });
-    }
-
-    eachKernel(elem, "sums of every length match the f64 reference", async (form, sources) => {
-      for (const source of sources) {
-        for (const c of cases(source, form, elem, "bias", [1, 4])) {
-          await checkGemv(c, inputs(source, elem, 3, 20));
-        }
+    eachKernel(elem, "matches the f64 reference at awkward sizes", async (c) => {
+      for (const rows of isLong(c) ? [1, 9] : [1, 2, 3, 7, 8, 9, 17, 32]) {
+        await checkGemv(c, inputs(c, rows, 20));
+      }
+      for (const columns of isLong(c) ? [68] : [4, 12, 60, 68, 132]) {
+        await checkGemv(c, inputs(c, 3, columns));
       }
     });
 
-    eachKernel(elem, "a row of a batch has the bits that it has alone", async (form, sources) => {
-      for (const source of [sources[0]!, sources.find(({ inner }) => inner === 768)!]) {
-        for (const c of cases(source, form, elem, "residual")) {
-          const given = inputs(source, elem, 9, 20);
-          const together = await runGemv(c, given);
-          for (let r = 0; r < given.rows; r++) {
-            const part = <T>(all: { slice(from: number, to: number): T; length: number }) =>
-              all.slice(r * all.length / given.rows, (r + 1) * all.length / given.rows);
-            const alone = await runGemv(c, {
-              ...given,
-              rows: 1,
-              perRow: mapTensors(given.perRow, ({ data }) => part(Float64Array.from(data))),
-              before: part(given.before),
-            });
-            expectSame(part(together), alone);
-          }
-        }
+    eachKernel(elem, "gives a row of a batch the bits that it has alone", async (c) => {
+      const given = inputs(c, 9, 20);
+      const together = await runGemv(c, given);
+      for (let r = 0; r < given.rows; r++) {
+        const ownPart = <T>(all: { slice(from: number, to: number): T; readonly length: number }) =>
+          all.slice(r * all.length / given.rows, (r + 1) * all.length / given.rows);
+        const alone = await runGemv(c, {
+          ...given,
+          rows: 1,
+          perRow: mapTensors(given.perRow, ({ data }) => ownPart(Float64Array.from(data))),
+          before: ownPart(given.before),
+        });
+        expectSame(ownPart(together), alone);
       }
     });
 
-    eachKernel(elem, "a row of NaN leaves the others as they are", async (form, [source]) => {
-      const rows = 9;
-      for (const c of cases(source!, form, elem, "bias")) {
-        const given = inputs(source!, elem, rows, 20);
-        const wanted = await runGemv(c, given);
-        const isSpoiled = (i: number, length: number) => Math.floor(i * rows / length) % 2 === 0;
-        const perRow = mapTensors(given.perRow, ({ stored, data }) =>
-          Float64Array.from(
-            data,
-            (value, i) => stored !== "u32" && isSpoiled(i, data.length) ? NaN : value,
-          ));
-        const got = await runGemv(c, { ...given, perRow });
-        expectSame(got, wanted.map((value, i) => isSpoiled(i, wanted.length) ? NaN : value));
-      }
+    eachKernel(elem, "keeps NaN to the rows that have it", async (c) => {
+      const given = inputs(c, 9, 20);
+      const wanted = await runGemv(c, given);
+      const spoil = (all: ArrayLike<number>) =>
+        Float64Array.from(all, (value, i) => Math.floor(i * given.rows / all.length) % 2 === 0 ? NaN : value);
+      const perRow = mapTensors(given.perRow, ({ stored, data }) => stored === "u32" ? data : spoil(data));
+      expectSame(await runGemv(c, { ...given, perRow }), spoil(wanted));
     });
 
-    eachKernel(elem, "a mean far above the spread does not cancel", async (form) => {
-      for (const [mean, deviation] of [[1e3, 1], [-1e4, 0.5], [3e5, 10]] as const) {
-        const source = layerNormOf(768, mean, deviation);
-        for (const c of cases(source, form, elem, "bias", [1, 4])) {
-          await checkGemv(c, inputs(source, elem, 3, 20), ", large mean");
+    eachKernel(
+      elem,
+      "does not cancel where the mean is far above the spread",
+      async (c) => {
+        for (const [mean, deviation] of [[1e3, 1], [-1e4, 0.5], [3e5, 10]] as const) {
+          const given = inputs({ ...c, source: layerNormOf(c.source.inner, mean, deviation) }, 3, 20);
+          await checkGemv(c, given, `${c.gemv.kernel.name}, large mean`);
         }
-      }
-    }, ["layer_norm"]);
+      },
+      "layer_norm",
+      isLong,
+    );
 
-    eachKernel(elem, "slices of equal and of very different maxima match", async (form) => {
-      for (const spread of [0, 30, 1000, 1e30]) {
-        const source = mergeOf(3, 8, KV_LENS, spread);
-        for (const c of cases(source, form, elem, "bias", [1, 8])) {
-          await checkGemv(c, inputs(source, elem, 7, 20), ", large scores");
-        }
-      }
-    }, ["merge"]);
-
-    eachKernel(elem, "every number of slices matches", async (form) => {
-      const wholeBlocks = Array.from({ length: MAX_SPLITS }, (_, i) => 64 * (i + 1));
-      const source = mergeOf(3, 8, [...wholeBlocks, 2049, 4096, 4097, 100_000]);
-      for (const c of cases(source, form, elem, "bias", [1, 8])) {
-        await checkGemv(c, inputs(source, elem, 36, 20));
-      }
-    }, ["merge"]);
-
-    eachKernel(elem, "ten runs are bit-identical", async (form, sources) => {
-      const source = sources.at(-1)!;
-      for (const c of cases(source, form, elem, "residual", [1, 4])) {
-        const given = inputs(source, elem, 4, 20);
-        await expectTenIdenticalRuns(() => runGemv(c, given));
-      }
+    eachKernel(elem, "gives identical bits in ten runs", async (c) => {
+      const given = inputs(c, 9, 20);
+      await expectTenIdenticalRuns(() => runGemv(c, given));
     });
   });
+});
+
+describe("gemv's candidates on the null backend", () => {
+  const MODELS = [
+    { width: 1, heads: 1, headDim: 1 },
+    { width: 30, heads: 5, headDim: 6 },
+    { width: 512, heads: 1, headDim: 512 },
+    { width: 768, heads: 12, headDim: 64 },
+    { width: 1600, heads: 25, headDim: 64 },
+  ];
+  for (const { width, heads, headDim } of MODELS) {
+    for (const source of [layerNormOf(width), mergeOf(heads, headDim), plainOf(4 * padTo4(width))]) {
+      const [first] = source.candidates("f32", "bias", 1, true);
+      const family = first!.kernel.name.replace(/_subgroup$/, "");
+      test(`${family} of ${source.inner} columns: what supports() accepts compiles, what it refuses does not`, async () => {
+        const { pipelines, caps } = nullGpu;
+        const problems: string[] = [];
+        const check = async ({ kernel, variant }: Op<LayerNormGemvProblem>) => {
+          // Compiling does not depend on the lanes of the device's subgroups, so they are what the variant needs.
+          const lanes = kernel.header(variant).subgroup ?? 0;
+          const verdict = supports(kernel, variant, {
+            ...caps,
+            subgroupMinSize: lanes,
+            subgroupMaxSize: lanes,
+          });
+          const error = await pipelines.prepare(kernel, variant).then(() => undefined, (e: unknown) => e);
+          if ((verdict === true) === (error === undefined)) return;
+          problems.push(`${JSON.stringify(variant)}: supports() says ${verdict}, compiling says ${error}`);
+        };
+        for (
+          const [elem, epilogue] of [["f32", "bias_gelu"], ["f16", "bias"], ["f16", "residual"]] as const
+        ) {
+          for (const sequences of [1, 2, 3, 4, 8, 32]) {
+            for (const unroll of [true, false]) {
+              const ops = source.candidates(elem, epilogue, sequences, unroll);
+              await Promise.all(ops.map(check));
+              const plainest = { ...caps, subgroupMinSize: 0, subgroupMaxSize: 0 };
+              expect(ops.some(({ kernel, variant }) => supports(kernel, variant, plainest) === true)).toBe(
+                true,
+              );
+            }
+          }
+        }
+        expect(problems).toEqual([]);
+      });
+    }
+  }
 });
