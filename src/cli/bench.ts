@@ -35,11 +35,11 @@ interface BenchRow {
   readonly phase: BenchPhase;
   /** What ran; absent for a whole model. */
   readonly kernel?: string;
-  /** The kind of attention, or the name of the matrix. */
+  /** The kind of attention, the name of the matrix, or how many sequences are decoded together. */
   readonly variant: string;
   readonly context: number;
   readonly dtype: Elem;
-  /** Of a run; of one token for `decode`. */
+  /** Of a run; of one step for `decode`. */
   readonly ms: { readonly min: number; readonly median: number; readonly max: number } | null;
   readonly tokens_per_s: number | null;
   readonly tflops: number | null;
@@ -206,26 +206,33 @@ async function measureModel(
   const phases = options.phases.filter((phase) => phase === "prefill" || phase === "decode");
   if (phases.length === 0) return;
   const source = options.modelShape ? syntheticSource(config) : await openCheckpoint(modelFolder(options));
-  let model: Gpt2 | undefined;
+  // Prefill is of one sequence, and the cache that it leaves is what decoding continues.
+  const batches = phases.includes("decode") ? options.batch : [1];
   try {
-    // Within the measurement: that a model does not fit is what its row says.
-    const loaded = async () =>
-      model ??= await Gpt2.load(gpu, source, config, {
-        context,
-        elem,
-        // Speed does not depend on positions, and lengths beyond the model's are worth measuring.
-        positions: { mode: "repeat", nPositions: config.nPositions, context },
-        decoding: { sequences: 1, inFlight: inFlightOf(gpu) },
-        kernels: options.kernels,
-        onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
-      });
-    // The cache that a prefill leaves is what decoding continues.
-    for (const phase of ["prefill", "decode"] as const) {
-      if (!phases.includes(phase)) continue;
-      await measure(phase, "flash", context, async () => await benchmark[phase](await loaded(), context));
+    for (const sequences of batches) {
+      let model: Gpt2 | undefined;
+      // Within the measurement: that a model does not fit is what its row says.
+      const loaded = async () =>
+        model ??= await Gpt2.load(gpu, source, config, {
+          context,
+          elem,
+          // Speed does not depend on positions, and lengths beyond the model's are worth measuring.
+          positions: { mode: "repeat", nPositions: config.nPositions, context },
+          decoding: { sequences, inFlight: inFlightOf(gpu) },
+          kernels: options.kernels,
+          onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
+        });
+      try {
+        for (const phase of ["prefill", "decode"] as const) {
+          if (!phases.includes(phase) || (phase === "prefill" && sequences !== batches[0])) continue;
+          const variant = phase === "decode" && sequences > 1 ? `batch ${sequences}` : "flash";
+          await measure(phase, variant, context, async () => await benchmark[phase](await loaded(), context));
+        }
+      } finally {
+        model?.destroy();
+      }
     }
   } finally {
-    model?.destroy();
     await source.close();
   }
 }

@@ -141,8 +141,13 @@ function parseRecord({ line, text }: PromptLine): PromptLine | BadLine {
 }
 
 function encoded({ text, ...named }: PromptLine, tokenizer: GPT2Tokenizer): PreparedLine | BadLine {
-  const ids = tokenizer.encode(text);
-  return ids.length === 0 ? { ...named, error: "the prompt is empty" } : { ...named, ids };
+  try {
+    const ids = tokenizer.encode(text);
+    return ids.length === 0 ? { ...named, error: "the prompt is empty" } : { ...named, ids };
+  } catch (error) {
+    if (!(error instanceof InputError)) throw error;
+    return { ...named, error: error.message };
+  }
 }
 
 /** One run over the prompts of a file. */
@@ -255,7 +260,8 @@ class Batch {
       else if (profile) writeNote(formatProfile(profile));
       const failed = lines.length - usable.length;
       if (!options.quiet && !options.json && !out.isClosed) this.#note(report, generated, failed);
-      return isInterrupted && !out.isClosed ? 130 : failed > 0 ? 1 : 0;
+      if (out.isClosed) return 0;
+      return isInterrupted ? 130 : failed > 0 ? 1 : 0;
     } finally {
       stop();
       progress.clear();

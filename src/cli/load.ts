@@ -19,8 +19,8 @@ import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
 import { formatChoices } from "./report.ts";
 
-/** Results of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
-const IN_FLIGHT = 8;
+/** Steps of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
+const IN_FLIGHT = 12;
 /** On a CPU there is nothing to hide, and what is under way at the end is lost. */
 const SOFTWARE_IN_FLIGHT = 2;
 

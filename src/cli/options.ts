@@ -79,6 +79,8 @@ export interface BenchOptions extends CommonOptions {
   /** A published model's sizes with random weights; undefined for the model of `--model`. */
   readonly modelShape: PublishedShape | undefined;
   readonly runs: number;
+  /** Sequences that `decode` decodes together, increasing. */
+  readonly batch: readonly number[];
   readonly kernels: ReadonlyMap<string, string>;
 }
 
@@ -184,6 +186,20 @@ const contexts: Convert = (value, flag) => {
   return [...new Set(list)].sort((a, b) => a - b);
 };
 
+/** Sequences that can be decoded together, at most. */
+const MOST_BATCH = 256;
+
+/** `1,8,32`: sizes of batches in any order. */
+const batches: Convert = (value, flag) => {
+  const list = value.split(",").map((part) => /^\s*\d+\s*$/.test(part) ? Number(part) : NaN);
+  if (!list.every((n) => n >= 1 && n <= MOST_BATCH)) {
+    throw new UsageError(
+      `\`${flag} ${value}\` is out of range: it must be numbers from 1 to ${MOST_BATCH}, such as 1,8,32`,
+    );
+  }
+  return [...new Set(list)].sort((a, b) => a - b);
+};
+
 const attentionKinds: Convert = (value, flag) => {
   if (value.split(",").some((part) => part.trim() === "sparse")) {
     throw new UsageError(`\`${flag} ${value}\`: there is no sparse attention in this version`, {
@@ -271,7 +287,10 @@ const COMMANDS = {
       {
         flags: "--batch <n>",
         description: "With --prompts: prompts to decode together, 1 to 256 (default: 32, on a CPU 4)",
-        convert: number((n) => Number.isSafeInteger(n) && n >= 1 && n <= 256, "a whole number from 1 to 256"),
+        convert: number(
+          (n) => Number.isSafeInteger(n) && n >= 1 && n <= MOST_BATCH,
+          `a whole number from 1 to ${MOST_BATCH}`,
+        ),
       },
       ...RUN,
       {
@@ -332,7 +351,7 @@ const COMMANDS = {
       },
       {
         flags: "--in-flight <n>",
-        description: "Tokens that the GPU may be at work on at a time, 1 to 64 (default: 8, on a CPU 2)",
+        description: "Tokens that the GPU may be at work on at a time, 1 to 64 (default: 12, on a CPU 2)",
         convert: number((n) => Number.isSafeInteger(n) && n >= 1 && n <= 64, "a whole number from 1 to 64"),
       },
     ],
@@ -395,6 +414,11 @@ const COMMANDS = {
         flags: "--model-shape <name>",
         description: `Sizes of ${Object.keys(PUBLISHED_SHAPES).join(", ")}, with random weights`,
         convert: oneOf(...Object.keys(PUBLISHED_SHAPES)),
+      },
+      {
+        flags: "--batch <list>",
+        description: "Sequences to decode together, such as 1,8,32 (default: 1)",
+        convert: batches,
       },
       {
         flags: "--runs <n>",
@@ -649,6 +673,7 @@ function typedBench(
     attention: optional<BenchAttention[]>("--attention") ?? ["flash"],
     modelShape: optional<PublishedShape>("--model-shape"),
     runs: optional("--runs") ?? 5,
+    batch: optional<number[]>("--batch") ?? [1],
     kernels,
   };
   if (options.model !== undefined && options.modelShape !== undefined) {

@@ -64,7 +64,7 @@ export interface Check {
 export interface Measurement {
   /** What ran; undefined for a whole model. */
   readonly kernel?: string;
-  /** Milliseconds of each run; of one token for `decode`. */
+  /** Milliseconds of each run; of one step for `decode`. */
   readonly ms: readonly number[];
   /** Tokens, operations and bytes, of that time. */
   readonly tokens: number;
@@ -357,22 +357,30 @@ export class Benchmark {
     };
   }
 
-  /** Tokens drawn greedily up to a context of `tokens`, as many ahead as the model allows; their mean is a run's time. */
+  /**
+   * Tokens drawn greedily up to a context of `tokens` in each of the model's sequences, as many ahead as it allows; a run's
+   * time is that of one step.
+   */
   async decode(model: Gpt2, tokens: number): Promise<Measurement> {
     const { signal, elem } = this.#options;
     const { nLayer, nEmbd, vocabSize } = this.#config;
+    const { cache } = model;
+    const { sequences } = cache;
     const prompt = syntheticPrompt(tokens, vocabSize);
     const decoded = Math.min(DECODED_TOKENS, Math.floor(tokens / 4));
     const prefilled = tokens - decoded;
-    if (model.length < prefilled) {
-      model.truncate(0);
-      await model.prefill(prompt.subarray(0, prefilled), { signal });
+    for (let sequence = 0; sequence < sequences; sequence++) {
+      if (cache.lengthOf(sequence) >= prefilled) continue;
+      model.truncate(0, sequence);
+      await model.prefill(prompt.subarray(0, prefilled), { sequence, signal });
     }
     const decoder = await model.decoder({ sampling: GREEDY });
     const ms = await this.#runs(async () => {
-      model.truncate(prefilled);
-      decoder.begin(0, [], 0);
-      await decoder.next();
+      for (let sequence = 0; sequence < sequences; sequence++) {
+        model.truncate(prefilled, sequence);
+        decoder.begin(sequence, [], 0);
+        await decoder.next();
+      }
       const starting = performance.now();
       for (let drawn = 0; drawn < decoded; drawn++) {
         signal.throwIfAborted();
@@ -387,9 +395,9 @@ export class Benchmark {
     const matrices = this.#layersFlop() / 2 + vocabSize * nEmbd;
     return {
       ms,
-      tokens: 1,
-      flop: 2 * matrices + nLayer * 4 * nEmbd * tokens,
-      bytes: sizeOf(elem) * (matrices + nLayer * 2 * headsWidth * tokens),
+      tokens: sequences,
+      flop: sequences * (2 * matrices + nLayer * 4 * nEmbd * tokens),
+      bytes: sizeOf(elem) * (matrices + sequences * nLayer * 2 * headsWidth * tokens),
       peakBytes: this.#gpu.memory.totalBytes,
     };
   }

@@ -145,12 +145,12 @@ export class Decoder {
   }
 
   /**
-   * Hands over steps until `ahead` are in flight, but waits while more than half of that are: steps that share a submission
-   * cost the host and the GPU less than one submission each. In a step every sequence's last token runs and its next is
-   * drawn.
+   * Hands over steps until `ahead` are in flight. While at least half of that are, it waits until there is room for several:
+   * steps that share a submission cost less than one submission each. In a step every sequence's last token runs and its
+   * next is drawn.
    */
   stepAhead(ahead: number): void {
-    if (this.#inFlight > ahead / 2) return;
+    if (this.#inFlight > Math.max(ahead / 2, ahead - STEPS_PER_SUBMISSION)) return;
     const running = this.#isRunning.flatMap((isRunning, sequence) => isRunning ? [sequence] : []);
     while (this.#inFlight < ahead) {
       const steps = Math.min(ahead - this.#inFlight, STEPS_PER_SUBMISSION);

@@ -341,7 +341,7 @@ export class Gpt2 {
     this.checkRoom(length + 1);
     upload(buffers.nextTokens, this.#packTokens([id], length));
     upload(buffers.sequences, packSequence({ length, step: 0, seed: 0 }));
-    const step = await this.#decodeStepList();
+    const step = await this.decodeStepList();
     const r = this.#recorder("decode");
     r.replay(step);
     this.#copyLogits(r);
@@ -350,6 +350,11 @@ export class Gpt2 {
     const logits = await this.#logitsReadback.read();
     await this.#profiler?.collect();
     return new Float32Array(logits);
+  }
+
+  /** What a step of decoding reads and writes besides activations. Needs `decoding`. */
+  get decodingBuffers(): DecodingBuffers {
+    return this.#requireDecoding().buffers;
   }
 
   /** What draws tokens on the GPU. Needs `decoding`. */
@@ -364,7 +369,7 @@ export class Gpt2 {
       cache: this.#cache,
       profiler: this.#profiler,
       logits: this.#activations.logits,
-      step: await this.#decodeStepList(),
+      step: await this.decodeStepList(),
     }, options);
   }
 
@@ -439,9 +444,9 @@ export class Gpt2 {
 
   /**
    * The same for one token of each sequence, from `nextTokens` to the logits: five dispatches a layer. What changes from
-   * step to step is in GPU memory, so the list is the same for all of them.
+   * step to step is in GPU memory, so the list is the same for all of them. Needs `decoding`.
    */
-  async #decodeStepList(): Promise<DispatchList> {
+  async decodeStepList(): Promise<DispatchList> {
     if (this.#decodeList) return this.#decodeList;
     const { plan: { sequences }, buffers, parameters } = this.#requireDecoding();
     const { x, qkv, hidden } = this.#activations;

@@ -12,6 +12,8 @@ export type Tap = (name: string, buffer: GpuBuffer, recorder: Recorder) => void;
 
 export interface RecorderOptions {
   readonly profiler?: Profiler | undefined;
+  /** What the profiler times: each dispatch in a pass of its own, the default, or passes as they are without it. */
+  readonly timed?: "dispatches" | "passes";
   readonly tap?: Tap | undefined;
 }
 
@@ -94,6 +96,17 @@ export class DispatchList implements Dispatcher {
     this.#dispatches.push({ ...bound, immediates: bound.immediates?.slice() });
   }
 
+  /** The dispatches of some kernels only, by name. */
+  only(isWanted: (kernelName: string) => boolean): DispatchList {
+    const list = new DispatchList(this.#gpu);
+    list.#dispatches.push(...this.#dispatches.filter(({ name }) => isWanted(name)));
+    return list;
+  }
+
+  get length(): number {
+    return this.#dispatches.length;
+  }
+
   [Symbol.iterator](): Iterator<BoundDispatch> {
     return this.#dispatches[Symbol.iterator]();
   }
@@ -156,16 +169,17 @@ export class Recorder implements Dispatcher {
     pass.setBindGroup(0, bindGroup);
     if (immediates) (pass as ImmediatesEncoder).setImmediates(0, immediates);
     pass.dispatchWorkgroups(...grid);
-    if (this.#options.profiler) this.#endPass();
+    const { profiler, timed = "dispatches" } = this.#options;
+    if (profiler && timed === "dispatches") this.#endPass();
   }
 
   #computePass(name: string): GPUComputePassEncoder {
+    if (this.#pass) return this.#pass;
     const timestampWrites = this.#options.profiler?.span(name);
-    this.#pass ??= this.#encoder.beginComputePass({
+    return this.#pass = this.#encoder.beginComputePass({
       label: name,
       ...(timestampWrites ? { timestampWrites } : {}),
     });
-    return this.#pass;
   }
 
   #endPass(): void {

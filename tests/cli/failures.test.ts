@@ -264,7 +264,7 @@ describe("the GPU", () => {
   });
 
   const preload = join(import.meta.dir, "../support/lose_device.ts");
-  // Submissions: one for the prompt, then one for each token.
+  // Submissions: two for the prompt, then one for each token or several.
   for (const [when, submissions] of [["while loading", 0], ["in prefill", 1], ["in decode", 4]] as const) {
     test(`a device lost ${when}: exit code 1`, async () => {
       const env = { LOSE_DEVICE_AFTER: String(submissions) };
@@ -276,6 +276,30 @@ describe("the GPU", () => {
         /^\n?error: The GPU device was lost[^\n]*\n\nhint: [^\n]*\n$/,
       );
       expect(streamed.stdout.length).toBeLessThanOrEqual(Math.max(0, submissions - 1));
+    });
+  }
+
+  // Two prompts of three submissions each are decoded before another finds room.
+  for (const [when, submissions] of [["while loading", 0], ["in a prefill", 4], ["in decode", 10]] as const) {
+    test(`a device lost ${when} with many prompts: exit code 1`, async () => {
+      const result = await runCli(
+        [
+          "generate",
+          "-m",
+          model,
+          "-n",
+          "30",
+          "--ignore-eos",
+          "--prompts",
+          "-",
+          "--batch",
+          "2",
+          "--in-flight",
+          "8",
+        ],
+        { preload, env: { LOSE_DEVICE_AFTER: String(submissions) }, stdin: "hello\nworld\nagain\n" },
+      );
+      expectFailure(result, 1, /The GPU device was lost/);
     });
   }
 });

@@ -4,11 +4,13 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { temporaryFolder } from "../support/checkpoint.ts";
 import {
+  cliCommand,
   denoTest,
   RUN_TIMEOUT_MS,
   runCli,
   type RunResult,
   runShell,
+  runtimes,
   withoutNotices,
   writeTinyModel,
 } from "../support/cli.ts";
@@ -199,6 +201,42 @@ describe("generate", () => {
     expect({ code, stdout }).toEqual({ code: 0, stdout: `${report.tokens.join(" ")}\n` });
   });
 
+  test("the text does not depend on how many steps are in flight, nor on where it ends", async () => {
+    // As many tokens as there is room for: the last of them is drawn, but nothing runs behind it.
+    const drawn = [...base, "-n", "1000", "hello", "--ignore-eos", "--logprobs", "2"];
+    const at = async (args: readonly string[], inFlight: number) => {
+      const { text, tokens, finish_reason, logprobs } = await generated([
+        ...args,
+        ...["--in-flight", String(inFlight)],
+      ]);
+      return { text, tokens, finish_reason, logprobs };
+    };
+    const whole = await at(drawn, 1);
+    expect(whole.tokens).toHaveLength(64 - 5 + 1);
+    expect(whole.tokens.slice(0, 12)).toEqual(report.tokens);
+    expect(whole.finish_reason).toBe("length");
+    for (const inFlight of [2, 8, 64]) expect(await at(drawn, inFlight)).toEqual(whole);
+
+    const stop = whole.text.slice(20, 22);
+    const end = whole.text.indexOf(stop);
+    const stopping = [...drawn, "--stop", stop];
+    const stopped = await at(stopping, 1);
+    expect(stopped).toMatchObject({ text: whole.text.slice(0, end), finish_reason: "stop" });
+    for (const inFlight of [2, 64]) expect(await at(stopping, inFlight)).toEqual(stopped);
+
+    const eos = whole.tokens[9]!;
+    const ending = writeTinyModel(join(folder.path, "ending"), { config: { eosTokenId: [eos] } }).dir;
+    const args = ["generate", "-m", ending, "-n", "1000", "--seed", "5", "hello", "--logprobs", "2"];
+    const last = whole.tokens.indexOf(eos);
+    for (const inFlight of [1, 64]) {
+      expect(await at(args, inFlight)).toMatchObject({
+        tokens: whole.tokens.slice(0, last),
+        logprobs: whole.logprobs!.slice(0, last),
+        finish_reason: "eos",
+      });
+    }
+  });
+
   denoTest("Deno prints the same bytes as Bun", async () => {
     const runtime = "deno";
     const streamed = await runCli([...base, "hello"], { runtime });
@@ -231,6 +269,60 @@ describe("generate is ended", () => {
     checkInterrupted(await runCli(args, { signal: "SIGINT", runtime: "deno" }));
   });
 
+  const preload = join(import.meta.dir, "../support/interrupt.ts");
+
+  test("by SIGINT between the chunks of the prompt: with no text, and the tokens that were read", async () => {
+    const file = written("chunks.txt", "x".repeat(8000));
+    const { code, stdout, notes } = await runCli([...args.slice(0, -1), "-f", file], {
+      preload,
+      env: { INTERRUPT_FROM: "embedding/token_rows", INTERRUPT_AFTER: "1" },
+    });
+    expect({ code, stdout }).toEqual({ code: 130, stdout: "" });
+    expect(withoutNotices(notes)).toMatch(
+      /^prompt 8000 tokens, [\d,.]+ tokens\/s; generated 0, .*; finished: interrupt\n$/,
+    );
+  });
+
+  test("by SIGINT at any step, with any number in flight: what there is of the same text", async () => {
+    const { text } = await generated([...args, "-n", "300"]);
+    for (const [inFlight, submissions] of [[1, 1], [1, 20], [8, 2], [64, 1], [64, 9]] as const) {
+      const result = await runCli([...args, "--in-flight", String(inFlight)], {
+        preload,
+        env: { INTERRUPT_FROM: "sampling/draw", INTERRUPT_AFTER: String(submissions) },
+      });
+      expect(result.code).toBe(130);
+      const [, count, reason] = TIMINGS.exec(withoutNotices(result.notes))!;
+      expect(reason).toBe("interrupt");
+      expect(Number(count)).toBeLessThan(300);
+      expect(result.stdout).toBe(Number(count) === 0 ? "" : `${text.slice(0, Number(count))}\n`);
+    }
+  });
+
+  test("by SIGINT at any moment: exit code 130, and soon", async () => {
+    for (const ms of [0, 100, 200, 300, 400, 600, 900]) {
+      const child = Bun.spawn([...cliCommand(), ...args], {
+        stdin: "ignore",
+        stdout: "pipe",
+        stderr: "pipe",
+        env: { ...process.env, NO_COLOR: undefined, FORCE_COLOR: undefined },
+        timeout: RUN_TIMEOUT_MS,
+        killSignal: "SIGKILL",
+      });
+      const output = Promise.all([new Response(child.stdout).text(), new Response(child.stderr).text()]);
+      await Bun.sleep(ms);
+      child.kill("SIGINT");
+      const [stdout, stderr] = await output;
+      // Before there is anything to end in order, the signal ends the process.
+      expect({ ms, code: await child.exited, signal: child.signalCode }).toEqual({
+        ms,
+        code: 130,
+        signal: child.signalCode === null ? null : "SIGINT",
+      });
+      expect(stderr).not.toContain("error");
+      if (stdout !== "") expect(stderr).toContain("finished: interrupt");
+    }
+  });
+
   test("by SIGTERM: at once", async () => {
     const { signal, notes } = await runCli(args, { signal: "SIGTERM" });
     expect({ signal, notes: withoutNotices(notes) }).toEqual({ signal: "SIGTERM", notes: "" });
@@ -242,6 +334,50 @@ describe("generate is ended", () => {
     expect(withoutNotices(notes)).toBe("status 0\n");
     const json = await runShell('{ "$@" --json -n 1; echo "status $?" >&2; } | true', args);
     expect(withoutNotices(json.notes)).toBe("status 0\n");
+  });
+
+  describe("with a slow reader", () => {
+    // Tokens so long that a few of them fill a pipe.
+    const LONG = 1000;
+    const wordy = writeTinyModel(join(folder.path, "wordy"), { config: { nPositions: 16384 } }).dir;
+    const path = join(wordy, "tokenizer.json");
+    const tokenizer = JSON.parse(readFileSync(path, "utf8"));
+    const { vocab } = tokenizer.model;
+    tokenizer.model.vocab = Object.fromEntries(
+      Object.entries(vocab).map(([char, id]) => [char.repeat(LONG), id]),
+    );
+    writeFileSync(path, JSON.stringify(tokenizer));
+    const ids = written("some_ids.json", "[1, 2, 3, 4, 5]");
+    const slow = ["generate", "-m", wordy, "--seed", "5", "--ignore-eos", "--ids", ids];
+
+    for (const runtime of runtimes) {
+      test(`on ${runtime}: all of the text arrives`, async () => {
+        const { text } = await generated([...slow, "-n", "300"]);
+        expect(text.length).toBeGreaterThan(290 * LONG);
+        const script = '{ "$@"; echo "status $?" >&2; } | { sleep 2; cat; }';
+        const streamed = await runShell(script, [...slow, "-n", "300", "-q"], { runtime });
+        expect(streamed.stdout === `${text}\n`).toBe(true); // it is too long to be shown
+        expect(streamed.notes).toBe("status 0\n");
+        const json = await runShell(script, [...slow, "-n", "300", "-q", "--json"], { runtime });
+        expect(JSON.parse(json.stdout).text === text).toBe(true);
+        expect(json.notes).toBe("status 0\n");
+      });
+    }
+
+    test("SIGINT ends it once that has read what was written", async () => {
+      const { text } = await generated([...slow, "-n", "300"]);
+      const { stdout, notes } = await runShell(
+        '{ "$@"; echo "status $?" >&2; } | { sleep 2; cat; }',
+        [...slow, "-n", "16000", "--in-flight", "1"],
+        { preload, env: { INTERRUPT_FROM: "sampling/draw", INTERRUPT_AFTER: "60" } },
+      );
+      const [timings, status] = withoutNotices(notes).trimEnd().split("\n");
+      const [, count, reason] = TIMINGS.exec(`${timings}\n`)!;
+      expect({ status, reason }).toEqual({ status: "status 130", reason: "interrupt" });
+      expect(Number(count)).toBeGreaterThan(55);
+      expect(stdout.length).toBeGreaterThan(55 * LONG);
+      expect(text.startsWith(stdout.slice(0, -1))).toBe(true);
+    });
   });
 
   denoTest("by a reader that has seen enough, on Deno", async () => {

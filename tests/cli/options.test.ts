@@ -82,7 +82,7 @@ describe("parseOptions accepts", () => {
         ".05",
       ],
       ...["--repeat-penalty", "1.1", "--seed", "-7", "--ignore-eos", "--logprobs", "5", "--profile"],
-      ...["--positions", "interpolate", "--session=a/file.session"],
+      ...["--positions", "interpolate", "--session=a/file.session", "--in-flight", "64"],
     );
     expect(options).toMatchObject({
       model: "dir",
@@ -105,8 +105,26 @@ describe("parseOptions accepts", () => {
       profile: true,
       positions: "interpolate",
       session: "a/file.session",
+      inFlight: 64,
     });
     expect(Object.isFrozen(options)).toBe(true);
+  });
+
+  test("many prompts from a file, or from standard input, so many at a time", () => {
+    expect(parsed("--prompts", "p.jsonl")).toMatchObject({
+      prompts: "p.jsonl",
+      batch: undefined,
+      prompt: undefined,
+      file: undefined,
+      ids: undefined,
+    });
+    expect(parsed("--prompts=-", "--batch", "1")).toMatchObject({ prompts: "-", batch: 1 });
+    expect(parsed("--batch=256", "--prompts", "a file", "--in-flight=1")).toMatchObject({
+      prompts: "a file",
+      batch: 256,
+      inFlight: 1,
+    });
+    expect(parsed("--prompts", "p", "--json", "--logprobs", "2")).toMatchObject({ json: true, logprobs: 2 });
   });
 
   test("short options with their values attached, and several at once", () => {
@@ -234,6 +252,7 @@ describe("parseOptions accepts", () => {
       attention: ["flash"],
       modelShape: undefined,
       runs: 5,
+      batch: [1],
       kernels: new Map(),
       model: undefined,
       dtype: "auto",
@@ -250,7 +269,7 @@ describe("parseOptions accepts", () => {
     expect(
       parsedBench(
         ...["--phases", "gemm,decode,gemm", "--contexts", "4K, 64,1k,64", "--attention=standard,flash"],
-        ...["--model-shape", "gpt2-xl", "--runs", "1"],
+        ...["--model-shape", "gpt2-xl", "--runs", "1", "--batch", "32, 1,8,32"],
       ),
     ).toMatchObject({
       phases: ["gemm", "decode"],
@@ -259,6 +278,7 @@ describe("parseOptions accepts", () => {
       attention: ["standard", "flash"],
       modelShape: "gpt2-xl",
       runs: 1,
+      batch: [1, 8, 32],
     });
     expect(parsedBench("--contexts", "16").contexts).toEqual([16]);
   });
@@ -322,6 +342,34 @@ describe("parseOptions refuses", () => {
     ["two prompts", ["generate", "once", "upon"], /does not take "upon"/],
     ["a prompt and a file", ["generate", "x", "-f", "y"], /several prompts/],
     ["a file and ids", ["generate", "-f", "x", "--ids", "y"], /several prompts/],
+    ["a prompt and --prompts", ["generate", "x", "--prompts", "y"], /several prompts: .*`--prompts`/],
+    ["a file and --prompts", ["generate", "-f", "x", "--prompts", "y"], /several prompts/],
+    ["ids and --prompts", ["generate", "--ids", "x", "--prompts", "y"], /several prompts/],
+    [
+      "a session and --prompts",
+      ["generate", "--session", "x", "--prompts", "y"],
+      /`--session` is for a single/,
+    ],
+    ["--prompts without a file", ["generate", "--prompts"], /`--prompts` needs a value/],
+    [
+      "--prompts and --logprobs without --json",
+      ["generate", "--prompts", "x", "--logprobs", "2"],
+      /add `--json`/,
+    ],
+    [
+      "--batch without --prompts",
+      ["generate", "x", "--batch", "2"],
+      /`--batch` .*give them with `--prompts`/,
+    ],
+    ["--batch 0", ["generate", "--prompts", "x", "--batch", "0"], /`--batch 0`.*whole number from 1 to 256/],
+    ["--batch 257", ["generate", "--prompts", "x", "--batch", "257"], /`--batch 257`/],
+    ["--batch 1.5", ["generate", "--prompts", "x", "--batch", "1.5"], /`--batch 1.5`/],
+    ["--batch all", ["generate", "--prompts", "x", "--batch", "all"], /`--batch all`/],
+    ["--in-flight 0", ["generate", "x", "--in-flight", "0"], /`--in-flight 0`.*whole number from 1 to 64/],
+    ["--in-flight 65", ["generate", "x", "--in-flight", "65"], /`--in-flight 65`/],
+    ["--in-flight 2.5", ["generate", "x", "--in-flight", "2.5"], /`--in-flight 2.5`/],
+    ["an empty --in-flight", ["generate", "x", "--in-flight="], /`--in-flight `/],
+    ["--prompts to score", ["score", "a", "--prompts", "x"], /no option `--prompts`/],
     ["an argument to info", ["info", "x"], /does not take "x"/],
     ["inspect without a model", ["inspect"], /needs a model/],
     ["--positions none", ["generate", "x", "--positions", "none"], /not one of exact, interpolate, repeat/],
@@ -353,6 +401,9 @@ describe("parseOptions refuses", () => {
     ["an unknown shape", ["bench", "--model-shape", "gpt3"], /`--model-shape gpt3` is not one of distilgpt2/],
     ["a shape and a model", ["bench", "--model-shape", "gpt2", "-m", "x"], /`--model` and `--model-shape`/],
     ["--runs 0", ["bench", "--runs", "0"], /`--runs 0`.*whole number from 1/],
+    ["--batch 257 to bench", ["bench", "--batch", "1,257"], /`--batch 1,257`.*numbers from 1 to 256/],
+    ["--batch 0 to bench", ["bench", "--batch", "0"], /`--batch 0`/],
+    ["a batch left out", ["bench", "--batch", "1,,8"], /`--batch 1,,8`/],
     ["--kernel without a role", ["bench", "--kernel", "matmul/tiled"], /not a role and a kernel/],
     ["--kernel without a kernel", ["generate", "x", "--kernel", "attention="], /not a role and a kernel/],
     ["--kernel to inspect", ["inspect", "x", "--kernel", "a=b"], /no option `--kernel`/],

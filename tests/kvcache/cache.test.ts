@@ -3,10 +3,16 @@ import { afterAll, describe, expect, test } from "bun:test";
 import { join } from "node:path";
 import { KV_BLOCK } from "../../src/kernels/shared/shared.ts";
 import { KvCache } from "../../src/kvcache/cache.ts";
-import { headBytes, headRowBytes, type KvCacheShape, kvLayout } from "../../src/kvcache/layout.ts";
-
+import {
+  headBytes,
+  headRowBytes,
+  type KvCacheShape,
+  kvLayout,
+  partSpecs,
+  tableSpecs,
+} from "../../src/kvcache/layout.ts";
 import { fmix32 } from "../../src/model/synthetic.ts";
-import { download } from "../../src/runtime/buffers.ts";
+import { bufferBytes, download, type GpuBuffer } from "../../src/runtime/buffers.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import { temporaryFolder, writeTinyCheckpoint } from "../support/checkpoint.ts";
 import { eachElem, testDevice } from "../support/device.ts";
@@ -203,6 +209,192 @@ describe("a cache", () => {
     // Nor an error scope, which would swallow what goes wrong later.
     await expect(gpu.device.popErrorScope()).rejects.toThrow();
   });
+});
+
+describe("a cache of several sequences", () => {
+  /** Three sequences of two blocks, in two buffers of heads a layer. */
+  const sequences = 3;
+  const shape = shapeOf("f32");
+  const layout = kvLayout(shape, 65, 2 * sequences * headBytes(kvLayout(shape, 65, 2 ** 30)), sequences);
+  const order = Uint32Array.of(5, 0, 2, 4, 1, 3);
+  const blocksOf = (sequence: number) => [...order.subarray(2 * sequence, 2 * sequence + 2)];
+
+  async function stored(buffer: GpuBuffer, entries: number): Promise<number[]> {
+    return [...new Uint32Array(await download(buffer), 0, entries)];
+  }
+
+  test("takes what was planned, buffer by buffer, and frees it", async () => {
+    const before = gpu.memory.totalBytes;
+    expect(layout).toMatchObject({ sequences: 3, sequenceBlocks: 2, blocks: 6 });
+    expect(layout.ranges).toHaveLength(2);
+    const planned = [
+      ...tableSpecs(layout),
+      ...[0, 1].flatMap((layer) =>
+        layout.ranges.flatMap((range) => Object.values(partSpecs(layout, layer, range)))
+      ),
+    ];
+    const cache = await KvCache.create(gpu, layout);
+    expect(gpu.memory.totalBytes - before).toBe(
+      planned.reduce((sum, { bytes }) => sum + bufferBytes(bytes), 0),
+    );
+    cache.destroy();
+    expect(gpu.memory.totalBytes).toBe(before);
+  });
+
+  test("counts the tokens of each on its own", async () => {
+    const cache = await KvCache.create(gpu, layout);
+    const lengths = () => [0, 1, 2].map((sequence) => cache.lengthOf(sequence));
+    expect(cache).toMatchObject({ sequences: 3, capacity: 2 * KV_BLOCK, length: 0 });
+    cache.advance(100, 1);
+    cache.advance(5);
+    cache.advance(1, 2);
+    expect(lengths()).toEqual([5, 100, 1]);
+    expect(cache.length).toBe(5);
+    cache.advance(28, 1);
+    expect(() => cache.advance(1, 1)).toThrow("128 + 1 tokens are more than the cache's 128");
+    cache.truncate(7, 1);
+    expect(() => cache.truncate(8, 1)).toThrow("Cannot cut 7 tokens to 8");
+    expect(() => cache.truncate(6)).toThrow("Cannot cut 5 tokens to 6");
+    cache.truncate(0);
+    expect(lengths()).toEqual([0, 7, 1]);
+    cache.destroy();
+  });
+
+  test("has no sequence beyond those it was made for", async () => {
+    const cache = await KvCache.create(gpu, layout);
+    const one = await KvCache.create(gpu, kvLayout(shape, 65, 2 ** 30));
+    for (const [made, sequence] of [[cache, 3], [cache, 0.5], [one, 1]] as const) {
+      for (
+        const use of [
+          () => made.lengthOf(sequence),
+          () => made.advance(1, sequence),
+          () => made.truncate(0, sequence),
+          () => void made.layer(0, sequence),
+        ]
+      ) {
+        expect(use).toThrow(RangeError);
+        expect(use).toThrow(`The cache has no sequence ${sequence}`);
+      }
+    }
+    expect(() => cache.layerOfAll(2)).toThrow("The cache has no layer 2");
+    cache.destroy();
+    one.destroy();
+  });
+
+  for (const [title, given] of [["in order", undefined], ["in any order", order]] as const) {
+    test(`gives each its own blocks of the pool, ${title}`, async () => {
+      const cache = await KvCache.create(gpu, layout, given);
+      const wanted = given ? [...given] : [0, 1, 2, 3, 4, 5];
+      for (const layer of [0, 1]) {
+        const all = cache.layerOfAll(layer);
+        expect(all).toMatchObject({ blocks: 6, tableBlocks: 2 });
+        expect(await stored(all.table, 6)).toEqual(wanted);
+        for (let sequence = 0; sequence < sequences; sequence++) {
+          const view = cache.layer(layer, sequence);
+          // Keys and values are in buffers that all share; only the table says whose they are.
+          expect(view.parts).toBe(all.parts);
+          expect(view.blocks).toBe(6);
+          expect(await stored(view.table, 2)).toEqual(wanted.slice(2 * sequence, 2 * sequence + 2));
+        }
+      }
+      expect(cache.layer(0).parts).not.toBe(cache.layer(1).parts);
+      cache.destroy();
+    });
+  }
+
+  test("of a single sequence has one table for both views", async () => {
+    const cache = await KvCache.create(gpu, kvLayout(shape, 65, 2 ** 30), Uint32Array.of(1, 0));
+    expect(cache.layer(0, 0).table).toBe(cache.layerOfAll(0).table);
+    expect(cache.layerOfAll(0)).toMatchObject({ blocks: 2, tableBlocks: 2 });
+    expect(await stored(cache.layer(0).table, 2)).toEqual([1, 0]);
+    cache.destroy();
+  });
+
+  test("reads and writes the first without touching the others", async () => {
+    const cache = await KvCache.create(gpu, layout, order);
+    const tokens = 2 * KV_BLOCK;
+    const bytes = pattern(3, shape.heads * tokens * headRowBytes(shape));
+    await write(cache, 1, "v", tokens, bytes, 16 * 37);
+    cache.adopt(tokens);
+    expect((await read(cache, 1, "v", tokens)).equals(bytes)).toBe(true);
+    expect([0, 1, 2].map((sequence) => cache.lengthOf(sequence))).toEqual([tokens, 0, 0]);
+    for (const { range, v } of cache.layer(1).parts) {
+      const written = new Uint8Array(await download(v));
+      const blockBytes = KV_BLOCK * headRowBytes(shape);
+      for (let at = 0; at < range.heads * layout.blocks; at++) {
+        const block = written.subarray(at * blockBytes, (at + 1) * blockBytes);
+        const isFirst = blocksOf(0).includes(at % layout.blocks);
+        expect({ at, isEmpty: block.every((byte) => byte === 0) }).toEqual({ at, isEmpty: !isFirst });
+      }
+    }
+    cache.destroy();
+  });
+
+  eachElem(gpu, (elem) => {
+    test(`${elem}: holds for each what it would hold alone, wherever the blocks lie`, async () => {
+      const dir = writeTinyCheckpoint(join(folder.path, `several-${elem}`), {
+        config: { nLayer: 2, nHead: 3, nEmbd: 30, nPositions: 300, vocabSize: 101 },
+      }).dir;
+      const texts = [100, 3, 65].map((length, seed) =>
+        Array.from({ length }, (_, i) => (7 * i + 31 * seed) % 101)
+      );
+      const context = 2 * KV_BLOCK;
+      const alone = await loadModel(gpu, dir, { context, elem });
+      const model = await loadModel(gpu, dir, {
+        context,
+        elem,
+        blockTable: order,
+        decoding: { sequences, inFlight: 1 },
+      });
+      // The last twice: a sequence that ends makes room for another.
+      for (
+        const [sequence, ids] of [[0, texts[1]!], [2, texts[2]!], [1, texts[1]!], [0, texts[0]!]] as const
+      ) {
+        model.truncate(0, sequence);
+        await model.prefill(ids, { sequence });
+      }
+      const { cache } = model;
+      expect([0, 1, 2].map((sequence) => cache.lengthOf(sequence))).toEqual([100, 3, 65]);
+      for (const [sequence, ids] of texts.entries()) {
+        alone.truncate(0);
+        await alone.prefill(ids);
+        for (const layer of [0, 1]) {
+          for (const which of ["k", "v"] as const) {
+            const wanted = await read(alone.cache, layer, which, ids.length);
+            const rows = await rowsOf(cache, layer, which, blocksOf(sequence), ids.length);
+            expect({ sequence, layer, which, isEqual: rows.equals(wanted) })
+              .toEqual({ sequence, layer, which, isEqual: true });
+          }
+        }
+      }
+      alone.destroy();
+      model.destroy();
+    });
+  });
+
+  /** The rows of a sequence's first tokens, `[heads, tokens, headDim]`, as the layout is described. */
+  async function rowsOf(
+    cache: KvCache,
+    layer: number,
+    which: "k" | "v",
+    table: readonly number[],
+    tokens: number,
+  ): Promise<Buffer> {
+    const { parts, blocks } = cache.layer(layer);
+    const row = headRowBytes({ ...shape, headDim4: cache.headDim / 4, elem: cache.elem });
+    const rows: Uint8Array[] = [];
+    for (const part of parts) {
+      const bytes = new Uint8Array(await download(part[which]));
+      for (let head = 0; head < part.range.heads; head++) {
+        for (let position = 0; position < tokens; position++) {
+          const block = head * blocks + table[Math.floor(position / KV_BLOCK)]!;
+          const at = (block * KV_BLOCK + position % KV_BLOCK) * row;
+          rows.push(bytes.subarray(at, at + row));
+        }
+      }
+    }
+    return Buffer.concat(rows);
+  }
 });
 
 describe("read agrees with what the kernels wrote", () => {

@@ -6,6 +6,8 @@ import {
   kvBytesPerToken,
   type KvCacheShape,
   kvLayout,
+  partSpecs,
+  tableSpecs,
 } from "../../src/kvcache/layout.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 
@@ -58,6 +60,40 @@ describe("kvLayout", () => {
     });
   }
 
+  test("gives each of several sequences whole blocks of its own", () => {
+    for (const shape of SHAPES) {
+      for (const context of CONTEXTS) {
+        const one = kvLayout(shape, context, UNLIMITED);
+        expect(one).toMatchObject({ sequences: 1, sequenceBlocks: one.blocks });
+        for (const sequences of [1, 2, 7, 256]) {
+          const layout = kvLayout(shape, context, UNLIMITED, sequences);
+          expect(layout).toMatchObject({
+            sequences,
+            sequenceBlocks: one.blocks,
+            blocks: sequences * one.blocks,
+            ranges: [{ first: 0, heads: shape.heads }],
+          });
+          expect(headBytes(layout)).toBe(sequences * headBytes(one));
+        }
+      }
+    }
+  });
+
+  test("divides heads by what all sequences take together", () => {
+    const shape: KvCacheShape = { layers: 2, heads: 12, headDim4: 16, elem: "f16" };
+    const head = headBytes(kvLayout(shape, 1000, UNLIMITED));
+    const divided = kvLayout(shape, 1000, 12 * head, 4);
+    expect(divided.ranges).toEqual(Array.from({ length: 4 }, (_, i) => ({ first: 3 * i, heads: 3 })));
+    const alone = kvLayout(shape, 1000, 12 * head);
+    expect(alone.ranges).toEqual([{ first: 0, heads: 12 }]);
+    const sizes = [0, 1].flatMap((layer) =>
+      divided.ranges.flatMap((range) => Object.values(partSpecs(divided, layer, range)))
+    );
+    expect(new Set(sizes.map(({ bytes }) => bytes))).toEqual(new Set([12 * head]));
+    expect(new Set(sizes.map(({ label }) => label)).size).toBe(2 * 4 * 2);
+    expect(sizes.at(-1)!.label).toBe("layer 1 values of heads 9 to 11");
+  });
+
   test("counts bytes beyond 2^32 exactly", () => {
     const xl: KvCacheShape = { layers: 48, heads: 25, headDim4: 16, elem: "f16" };
     const layout = kvLayout(xl, 65536, 2 ** 27);
@@ -67,5 +103,23 @@ describe("kvLayout", () => {
     expect(kvBytesPerToken(xl)).toBe(2 * 48 * 1600 * 2);
     expect(kvBytesPerToken(xl) * 65536).toBe(20_132_659_200);
     expect(headBytes(kvLayout(xl, 2 ** 40, UNLIMITED))).toBe(2 ** 47);
+    expect(headBytes(kvLayout(xl, 65536, UNLIMITED, 256))).toBe(2 ** 31);
+  });
+});
+
+describe("tableSpecs", () => {
+  const shape: KvCacheShape = { layers: 1, heads: 1, headDim4: 1, elem: "f32" };
+
+  test("is one table for one sequence", () => {
+    expect(tableSpecs(kvLayout(shape, 130, UNLIMITED))).toEqual([{ label: "block table", bytes: 12 }]);
+  });
+
+  test("is a table of all sequences and one of each", () => {
+    expect(tableSpecs(kvLayout(shape, 130, UNLIMITED, 3))).toEqual([
+      { label: "block table", bytes: 36 },
+      { label: "block table of sequence 0", bytes: 12 },
+      { label: "block table of sequence 1", bytes: 12 },
+      { label: "block table of sequence 2", bytes: 12 },
+    ]);
   });
 });

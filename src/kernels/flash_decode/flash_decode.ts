@@ -229,7 +229,7 @@ export function splitKvCandidates(
   maxSplits = MAX_SPLITS,
 ): Op<SplitKvProblem>[] {
   const sizes = unroll
-    ? [{ subgroup: 32, maxLanes: 256, maxKeys: 8 }]
+    ? [512, 256, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }))
     : [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
   return [
     ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))

@@ -82,9 +82,14 @@ function lanesOf({ strip4, slices }: GemvVariant): number {
   return strip4 * slices;
 }
 
+/** Vectors of the software form's `x_tile`, which says why they are never fewer. */
+function softwareTile({ rows, inner }: GemvVariant): number {
+  return Math.max(rows * inner / 4, 33);
+}
+
 /** Bytes of `x_tile` and `partial`. */
 function bodyBytes(v: GemvVariant, form: Form): number {
-  if (form === "software") return 4 * v.rows * v.inner;
+  if (form === "software") return 16 * softwareTile(v);
   const partial = form === "subgroup" ? v.rows * lanesOf(v) / SUBGROUP * v.strip4 : lanesOf(v);
   return 16 * (v.rows * v.slices * v.steps + partial);
 }
@@ -109,6 +114,7 @@ function gemvKernel<V extends GemvVariant, P extends MatmulProblem>(
         STRIP4: v.strip4,
         SLICES: v.slices,
         STEPS: v.steps,
+        ...(form === "software" ? { X_TILE: softwareTile(v) } : {}),
         ...prologue.consts(v),
       },
     }),
@@ -202,7 +208,8 @@ export function gemvCandidates<V extends GemvVariant, P extends MatmulProblem>(
 ): Op<P>[] {
   const ops = (form: Form, shapes: readonly GemvShape[]) =>
     shapes.map((shape) => op(kernels[form], { ...own, ...shape } as unknown as V));
-  const tileRows = Math.min(MOST_ROWS, 2 ** Math.ceil(Math.log2(rows)));
+  // Up to eight rows would be one tile of eight: two of four are as many workgroups more.
+  const tileRows = rows > 8 ? 8 : Math.min(4, 2 ** Math.ceil(Math.log2(rows)));
   const { inner } = own;
   const hardware = [hardwareShape(inner, tileRows, 1024), hardwareShape(inner, tileRows, 256)];
   const smallest = hardwareShape(inner, 1, 256);
@@ -218,8 +225,6 @@ const SOFTWARE = { strip4: 8, slices: 1, steps: 1 };
 const STRIP4 = 4;
 /** Rows of `w` that a lane has in flight, divided by four. */
 const STEPS = 3;
-/** Rows of `x` that share a reading of `w`, at most: their sums must stay in registers. */
-const MOST_ROWS = 8;
 /** A lane's rows of `w`, divided by four, must stay in registers, of which there are 64 with 1,024 lanes. */
 const MOST_STEPS = 8;
 

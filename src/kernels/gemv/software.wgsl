@@ -1,9 +1,11 @@
 // The same for software Vulkan, where a barrier saves all registers and every load is a branch for each lane: one small
 // workgroup a strip of 4 · STRIP4 columns, a lane four of them, with x staged whole and no sums to share.
+// A loop of up to 32 trips would be unrolled, and compiled for up to 18 seconds. Its trips must not be a constant then, nor
+// may the compiler take them for the length of the array that the loop reads: X_TILE is always more.
 const LANES = STRIP4;
 const TILE4 = INNER4;
 
-var<workgroup> x_tile: array<vec4f, ROWS * INNER4>;
+var<workgroup> x_tile: array<vec4f, X_TILE>;       // [ROWS, INNER4]
 
 @compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index) lane: u32) {
@@ -16,7 +18,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
     }
     workgroupBarrier();
     var sums = array<vec4f, ROWS>();
-    for (var k4 = 0u; k4 < INNER4; k4++) {
+    let trips = INNER4 * min(params.rows, 1u);      // there is a row
+    for (var k4 = 0u; k4 < trips; k4++) {
         let base = 4u * k4 * params.columns4 + column4;
         let w0 = vec4f(w[base]);
         let w1 = vec4f(w[base + params.columns4]);

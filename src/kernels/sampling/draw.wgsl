@@ -96,15 +96,16 @@ fn place_in(bracket: Bracket, token: Ranked) -> f32 {
     return select(token.score, f32(params.vocab - token.id), bracket.is_by_id);
 }
 
+// Of most tokens the first comparison says that they are not.
 fn is_within(bracket: Bracket, range: Range, token: Ranked) -> bool {
     let place = place_in(bracket, token);
-    let is_tied = token.score >= bracket.ties_from && token.score < bracket.ties_below;
-    return place >= range.low && place < range.high && (is_tied || !bracket.is_by_id);
+    return place >= range.low && place < range.high &&
+        (!bracket.is_by_id || (token.score >= bracket.ties_from && token.score < bracket.ties_below));
 }
 
-// Positions to measure at, in decreasing order, all within the bracket. Equal steps of the score soon separate scores of a
-// usual row; equal steps of the key do for any, so they take turns. The first time, the scores that a filter is likely
-// to end at are known to be within `depth` of the largest.
+// Positions to measure at, in decreasing order, all within the bracket. Equal steps of the score soon separate the
+// scores of a usual row; equal steps of the key do for any, so they take turns. The first time, the score that a filter
+// ends at is likely to be within `depth` of the largest.
 fn pivots_of(bracket: Bracket, pass_number: u32, largest: f32, depth: f32) -> vec4u {
     let low = bracket.low;
     let length = bracket.high - low;
@@ -146,7 +147,7 @@ fn last_token(row: u32, lane: u32, is_by_weight: bool, best: Best, last: Ranked)
             let scores = load_scores(row, id, share.end);
             for (var c = 0u; c < LOADS; c++) {
                 let token = Ranked(scores[c], id + c * GROUP);
-                if (token.id < share.end && is_within(bracket, range, token) && is_kept(token, last)) {
+                if (is_within(bracket, range, token) && token.id < share.end && is_kept(token, last)) {
                     let is_reached = vec4f(place_in(bracket, token)) >= ends;
                     lane_counts += select(vec4f(0.0), vec4f(1.0), is_reached);
                     if (is_by_weight) {
@@ -194,7 +195,7 @@ fn last_token(row: u32, lane: u32, is_by_weight: bool, best: Best, last: Ranked)
         let scores = load_scores(row, id, share.end);
         for (var c = 0u; c < LOADS; c++) {
             let token = Ranked(scores[c], id + c * GROUP);
-            if (token.id < share.end && is_within(bracket, range, token) && is_kept(token, last)) {
+            if (is_within(bracket, range, token) && token.id < share.end && is_kept(token, last)) {
                 list_scores[slot] = token.score;
                 list_ids[slot] = token.id;
                 list_weights[slot] = select(1.0, weight_of(token.score, largest), is_by_weight);
@@ -203,8 +204,8 @@ fn last_token(row: u32, lane: u32, is_by_weight: bool, best: Best, last: Ranked)
         }
     }
     workgroupBarrier();
-    // `through` and `before` are sums over the list in its own order: they grow with the rank to the last bit, so that one
-    // token exactly is the first to reach the goal. If rounding keeps all from it, the last will do.
+    // `through` and `before` are sums over the list in its own order: they grow with the rank to the last bit, so that
+    // exactly one token is the first to reach the goal. If rounding keeps all from it, the last will do.
     for (var i = lane; i < found; i += LANES) {
         let token = Ranked(list_scores[i], list_ids[i]);
         var rank = 0u;

@@ -193,7 +193,7 @@ export const logprobs: Kernel<SamplingVariant, LogprobsProblem> = {
 function variants(unroll: boolean): SamplingVariant[] {
   return unroll
     ? [{ lanes: 1024, loads: 8, unroll }, { lanes: 256, loads: 8, unroll }]
-    : [{ lanes: 64, loads: 4, unroll }];
+    : [{ lanes: 64, loads: 1, unroll }];
 }
 
 export function greedyCandidates(unroll: boolean): Op<DrawProblem>[] {
