@@ -42,19 +42,40 @@ function runOnce(): Run {
   return JSON.parse(stdout.toString());
 }
 
+/** Milliseconds from the start of a process that only says its version: the runtime and the program's modules. */
+function startOnce(): number {
+  const starting = performance.now();
+  const { status } = spawnSync(process.execPath, ["main.ts", "--version"]);
+  if (status !== 0) throw new Error(`exit ${status}`);
+  return performance.now() - starting;
+}
+
 const cold = runOnce();
 const runs = Array.from({ length: Number(values.runs) }, runOnce);
 if (runs.some((run) => run.tokens.join() !== cold.tokens.join())) {
   throw new Error("The runs generated different tokens");
 }
 
-const spread = Object.fromEntries(
-  Object.keys(cold.timings).filter((name) => cold.timings[name] !== null).map((name) => {
-    const sorted = runs.map((run) => run.timings[name] ?? NaN).sort((a, b) => a - b);
-    const [min, median, max] = [sorted[0]!, sorted[sorted.length >> 1]!, sorted.at(-1)!];
-    return [name, { median, min, max }];
-  }),
-);
+function spreadOf(values: readonly number[]) {
+  const sorted = values.toSorted((a, b) => a - b);
+  return { median: sorted[sorted.length >> 1]!, min: sorted[0]!, max: sorted.at(-1)! };
+}
+
+/** What of the first token is neither the program's start nor loading nor prefill: mostly the driver's start. */
+function deviceMs({ timings }: Run, startMs: number): number {
+  return timings["first_token_ms"]! - timings["load_ms"]! - timings["prefill_ms"]! - startMs;
+}
+
+const startMs = spreadOf(runs.map(startOnce));
+const spread = {
+  ...Object.fromEntries(
+    Object.keys(cold.timings).filter((name) => cold.timings[name] !== null).map((name) =>
+      [name, spreadOf(runs.map((run) => run.timings[name] ?? NaN))] as const
+    ),
+  ),
+  start_ms: startMs,
+  device_ms: spreadOf(runs.map((run) => deviceMs(run, startMs.median))),
+};
 const result = {
   ...deviceOf(),
   ...provenance(values.commit),

@@ -114,7 +114,8 @@ async function readLines(path: string): Promise<(PromptLine | BadLine)[]> {
   } finally {
     await input.close();
   }
-  const lines = pieces.join("").split(/\r?\n/)
+  // Editors of some systems begin a file with a mark of its encoding.
+  const lines = pieces.join("").replace(/^\ufeff/, "").split(/\r?\n/)
     .map((text, i) => ({ line: i + 1, text }))
     .filter(({ text }) => text.trim() !== "");
   if (lines.length === 0) throw new InputError(`${input.name} holds no prompts`);

@@ -88,8 +88,9 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
   const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 32 === 0);
   const matmuls = (epilogue: Epilogue) => matmulCandidates(elem, epilogue, unroll, isWide);
   const rows = { rows: sequences, unroll };
+  // Every subgroup reads the whole row to normalise it: with many of them that takes longer than the product.
   const fromStream = (epilogue: Epilogue) =>
-    gemvCandidates(layerNormGemv, { elem, epilogue, inner: 4 * width4, width }, rows);
+    gemvCandidates(layerNormGemv, { elem, epilogue, inner: 4 * width4, width }, { ...rows, mostLanes: 256 });
   const toStream = { elem, epilogue: "residual" } as const;
   const merging = { heads, headDim4, maxSplits: mostSplits(sequences) };
   return {

@@ -141,8 +141,8 @@ export class KvCache {
 
   /** A layer as one sequence sees it. */
   layer(i: number, sequence = 0): KvView {
-    const table = this.#tables[this.sequences === 1 ? sequence : 1 + sequence];
-    if (!table) throw new RangeError(`The cache has no sequence ${sequence}`);
+    this.lengthOf(sequence); // or there is no such sequence
+    const table = this.#tables[this.sequences === 1 ? 0 : 1 + sequence]!;
     return { parts: this.#parts(i), table, blocks: this.#layout.blocks };
   }
 

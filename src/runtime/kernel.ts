@@ -284,12 +284,11 @@ export class ParameterSlots {
     const values = params.join();
     let slot = this.#slots.get(values);
     if (!slot) {
-      let offset = SLOT_BYTES * this.#used++;
-      if (!this.#buffer || offset === this.#buffer.byteLength) {
+      if (!this.#buffer || SLOT_BYTES * this.#used === this.#buffer.byteLength) {
         this.#buffer = this.#next();
-        this.#used = 1;
-        offset = 0;
+        this.#used = 0;
       }
+      const offset = SLOT_BYTES * this.#used++;
       upload(this.#buffer, params, offset);
       const { id, handle } = this.#buffer;
       slot = { key: `${id}+${offset}`, resource: { buffer: handle, offset, size: SLOT_BYTES } };

@@ -271,7 +271,7 @@ describe("generate is ended", () => {
 
   const preload = join(import.meta.dir, "../support/interrupt.ts");
 
-  test("by SIGINT between the chunks of the prompt: with no text, and the tokens that were read", async () => {
+  test("by SIGINT between the chunks of the prompt: with the timings, and no text", async () => {
     const file = written("chunks.txt", "x".repeat(8000));
     const { code, stdout, notes } = await runCli([...args.slice(0, -1), "-f", file], {
       preload,

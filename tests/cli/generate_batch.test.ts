@@ -82,8 +82,8 @@ function noteOf({ notes }: RunResult): Record<"prompts" | "batch" | "generated" 
 }
 
 /**
- * With two at a time they end at different steps, by their lengths: the first nearly fills the context, and whoever
- * takes its place is run on beyond what it has room for while the last is still at work.
+ * With two at a time they end at different steps, by their lengths: the first nearly fills the context. The place of one
+ * that has ended is run on, beyond what it has room for, while the last is still at work.
  */
 const PROMPTS = ["x".repeat(40) + "y, 62 characters long.", "hello", "It was the best of", "{ }", "ab"];
 /** More than there is room for behind any of them. */

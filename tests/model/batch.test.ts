@@ -49,11 +49,8 @@ const SEEDED: SamplingOptions = {
 
 /** Lengths around a block's end among others; the last two leave room for less than is asked for. */
 const LENGTHS = [40, 1, 64, 100, 5, CONTEXT - 2, CONTEXT];
-const TEXTS = loadGreedy().filter(({ promptIds }) => promptIds.length >= CONTEXT);
-const PROMPTS = LENGTHS.map((length, i) => {
-  const { promptIds } = TEXTS[i % TEXTS.length]!;
-  return promptIds.slice(i, i + length);
-});
+const TEXTS = loadGreedy().filter(({ promptIds }) => promptIds.length > CONTEXT);
+const PROMPTS = LENGTHS.map((length, i) => TEXTS[i % TEXTS.length]!.promptIds.slice(0, length));
 
 type Options = Partial<BatchOptions>;
 
@@ -71,13 +68,18 @@ async function batch(
 
 /** What `generate` gives for one of the prompts, in the form of a batch's result. */
 async function alone(model: Gpt2, index: number, options: Options = {}): Promise<BatchResult> {
-  const { sampling, ...rest } = optionsOf(options);
+  const { sampling, maxTokens, stop, eosIds, logprobs: top } = optionsOf(options);
   model.truncate(0);
   const prompt = { cached: [], rest: tokensOf(PROMPTS[index]!) };
-  const seeded = { ...sampling, seed: seedOf(sampling.seed, index) };
-  const generation = generate(model, prompt, bytesOf, { ...rest, sampling: seeded });
+  const generation = generate(model, prompt, bytesOf, {
+    maxTokens,
+    sampling: { ...sampling, seed: seedOf(sampling.seed, index) },
+    stop,
+    eosIds,
+    logprobs: top,
+  });
   const tokens: number[] = [];
-  const logprobs: { logprob: number; top: BatchResult["logprobs"][number]["top"] }[] = [];
+  const logprobs: BatchResult["logprobs"][number][] = [];
   let text = "";
   for (;;) {
     const next = await generation.next();
@@ -85,9 +87,10 @@ async function alone(model: Gpt2, index: number, options: Options = {}): Promise
       const { finishReason, heldBack } = next.value;
       return { index, text: text + heldBack, tokens, logprobs, finishReason };
     }
-    tokens.push(next.value.id);
-    logprobs.push({ logprob: next.value.logprob!, top: next.value.top! });
-    text += next.value.text;
+    const { id, logprob, top, text: piece } = next.value;
+    tokens.push(id);
+    logprobs.push({ logprob: logprob!, top: top! });
+    text += piece;
   }
 }
 
@@ -95,6 +98,14 @@ async function eachAlone(model: Gpt2, options: Options = {}): Promise<BatchResul
   const results: BatchResult[] = [];
   for (const index of PROMPTS.keys()) results.push(await alone(model, index, options));
   return results;
+}
+
+/** The same, greedy, made once for each model. */
+const greedyResults = new Map<Gpt2, Promise<BatchResult[]>>();
+function greedyAlone(model: Gpt2): Promise<BatchResult[]> {
+  const known = greedyResults.get(model) ?? eachAlone(model);
+  greedyResults.set(model, known);
+  return known;
 }
 
 function byIndex(results: readonly BatchResult[]): BatchResult[] {
@@ -107,32 +118,32 @@ describe("each prompt's tokens and log-probabilities are bit for bit those that 
     for (const sequences of elem === "f32" ? [1, 2, 3, 5] : [3]) {
       test(`with ${sequences} decoded together in ${elem}`, async () => {
         const model = await modelOf(elem, sequences);
-        for (const sampling of sequences === 3 ? [GREEDY, SEEDED] : [GREEDY]) {
-          const results = await batch(model, PROMPTS, { sampling });
-          expect(byIndex(results)).toEqual(await eachAlone(model, { sampling }));
-        }
+        expect(byIndex(await batch(model, PROMPTS))).toEqual(await greedyAlone(model));
       });
     }
+
+    test(`with seeds of their own in ${elem}`, async () => {
+      const model = await modelOf(elem, 3);
+      const results = byIndex(await batch(model, PROMPTS, { sampling: SEEDED }));
+      expect(results).toEqual(await eachAlone(model, { sampling: SEEDED }));
+    });
   });
 
   test("in whatever order they come, and whoever their neighbours are", async () => {
     const model = await modelOf("f32", 3);
-    const wanted = byIndex(await batch(model, PROMPTS));
-    for (const order of [[6, 5, 4, 3, 2, 1, 0], [2, 0, 5, 3, 6, 1, 4], [4, 4, 0], [3]]) {
+    const wanted = await greedyAlone(model);
+    for (const order of [[6, 5, 4, 3, 2, 1, 0], [4, 4, 0], [3]]) {
       const results = byIndex(await batch(model, order.map((index) => PROMPTS[index]!)));
       expect(results).toEqual(order.map((from, index) => ({ ...wanted[from]!, index })));
     }
   });
 
-  test("and greedy ones are the same however many are decoded together", async () => {
-    const [first, ...others] = await Promise.all([1, 2, 3, 5].map(async (n) => ({
-      sequences: n,
-      model: await modelOf("f32", n),
-    })));
-    const tokens = async (model: Gpt2) => byIndex(await batch(model, PROMPTS)).map((result) => result.tokens);
-    const wanted = await tokens(first!.model);
+  test("and greedy tokens are the same however many are decoded together", async () => {
+    const tokens = async (sequences: number) =>
+      (await greedyAlone(await modelOf("f32", sequences))).map((result) => result.tokens);
+    const wanted = await tokens(1);
     expect(wanted.map(({ length }) => length)).toEqual([COUNT, COUNT, COUNT, COUNT, COUNT, 3, 1]);
-    for (const { model } of others) expect(await tokens(model)).toEqual(wanted);
+    for (const sequences of [2, 3, 5]) expect(await tokens(sequences)).toEqual(wanted);
   });
 });
 
@@ -173,7 +184,7 @@ describe("a batch", () => {
 
   test("goes on when a token or a text ends one of its prompts", async () => {
     const model = await modelOf("f32", 3);
-    const free = await eachAlone(model);
+    const free = await greedyAlone(model);
     // One prompt's fourth token, and what another's fifth and sixth spell.
     const eosIds = [free[0]!.tokens[3]!];
     const stop = [tokenizer.decode(free[3]!.tokens.slice(4, 6)), "never to be found"];
@@ -185,23 +196,27 @@ describe("a batch", () => {
 
   test("is over when it is interrupted, with what there is", async () => {
     const model = await modelOf("f32", 3);
-    const whole = await eachAlone(model);
+    const whole = await greedyAlone(model);
     const controller = new AbortController();
     let tokens = 0;
-    const results = await batch(model, PROMPTS, {
+    const results = await batch(model, PROMPTS.slice(0, 5), {
       signal: controller.signal,
-      onToken: () => ++tokens === 2 * COUNT + 5 && controller.abort(),
+      onToken: () => ++tokens === 4 * COUNT && controller.abort(),
     });
-    // In step: 25 tokens are eight of each of the first three prompts and one more.
-    expect(results.map(({ finishReason }) => finishReason)).toEqual(["interrupt", "interrupt", "interrupt"]);
-    for (const { index, tokens, text, logprobs } of results) {
-      expect(tokens.length).toBeGreaterThan(0);
+    // By then the first three are done, and the others in their places.
+    const interrupted = results.filter(({ finishReason }) => finishReason === "interrupt");
+    const finished = results.filter((result) => !interrupted.includes(result));
+    expect(finished.map(({ index }) => index)).toEqual([0, 1, 2]);
+    for (const result of finished) expect(result).toEqual(whole[result.index]!);
+    expect(interrupted.map(({ index }) => index).toSorted()).toEqual([3, 4]);
+    for (const { index, tokens, text, logprobs } of interrupted) {
       expect(tokens).toEqual(whole[index]!.tokens.slice(0, tokens.length));
       expect(logprobs).toEqual(whole[index]!.logprobs.slice(0, tokens.length));
       expect(text).toBe(tokenizer.decode([...tokens]));
     }
+    expect(tokens).toBe(4 * COUNT);
     expect(await alone(model, 2)).toEqual(whole[2]!);
-    expect(byIndex(await batch(model, PROMPTS))).toEqual(whole);
+    expect(byIndex(await batch(model, PROMPTS.slice(0, 4)))).toEqual(whole.slice(0, 4));
   });
 
   test("that is interrupted in a prompt leaves that prompt out", async () => {
@@ -222,7 +237,7 @@ describe("a batch", () => {
 
   test("whose reader goes away leaves the model as any other", async () => {
     const model = await modelOf("f32", 3);
-    const wanted = await alone(model, 3);
+    const wanted = (await greedyAlone(model))[3]!;
     for await (const { index } of generateBatch(model, PROMPTS, bytesOf, optionsOf({ maxTokens: 3 }))) {
       if (index === 2) break;
     }
@@ -233,7 +248,7 @@ describe("a batch", () => {
     const model = await modelOf("f32", 2);
     const prompts = [PROMPTS[0]!, [model.config.vocabSize]];
     await expect(batch(model, prompts)).rejects.toThrow("the model's ids go from 0 to 8191");
-    expect((await batch(model, [PROMPTS[0]!]))[0]!.tokens).toEqual((await alone(model, 0)).tokens);
+    expect(await batch(model, [PROMPTS[0]!])).toEqual((await greedyAlone(model)).slice(0, 1));
   });
 });
 

@@ -446,7 +446,7 @@ describe("a generation ends", () => {
       const prompt = { cached: PROMPT, rest: { logits: broken } };
       const error = await generated(model(), prompt, { maxTokens: 100, inFlight }).catch((e: unknown) => e);
       expect(error).toBeInstanceOf(DeviceError);
-      expect(error).toEqual(samplerError(broken));
+      expect((error as DeviceError).message).toBe("The logits contain NaN (first at token id 4711)");
       expect(model().length).toBe(PROMPT.length);
       const again = { cached: PROMPT, rest: { logits } };
       const { ids } = await generated(model(), again, { maxTokens: 4, sampling: SEEDED, inFlight });
@@ -454,15 +454,6 @@ describe("a generation ends", () => {
     }
   });
 });
-
-/** What the CPU's sampler says of these logits. */
-function samplerError(logits: Float32Array): unknown {
-  try {
-    return createSampler(GREEDY).next(logits, []);
-  } catch (error) {
-    return error;
-  }
-}
 
 describe("log-probabilities", () => {
   /**

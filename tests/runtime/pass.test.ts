@@ -1,4 +1,4 @@
-/** Dispatches, recorded each time or kept in a list: what they compute, in which order, with which parameters. */
+/** Dispatches, recorded each time or kept in a list: what they compute, in which order. */
 import { afterAll, describe, expect, test } from "bun:test";
 import { createBuffer, download, type GpuBuffer, upload } from "../../src/runtime/buffers.ts";
 import { createParameters, type Kernel, parametersBytes } from "../../src/runtime/kernel.ts";
@@ -8,7 +8,7 @@ import { testDevice } from "../support/device.ts";
 
 const gpu = await testDevice();
 
-/** `x = factor x + shift`, for `count` numbers from `first` on: whatever runs twice, late or not at all shows. */
+/** `x = factor x + shift` for `count` numbers from `first` on: what runs twice, late or not at all shows. */
 interface Step {
   readonly first: number;
   readonly count: number;
@@ -103,7 +103,7 @@ function submit(record: (r: Recorder) => void, options?: RecorderOptions): void 
   r.submit();
 }
 
-/** More sets of parameters than one of the device's own buffers has room for; half of the numbers get two of them. */
+/** More sets of parameters than one of the device's own buffers has room for, two for half of the numbers. */
 const MANY = Array.from(
   { length: 150 },
   (_, i): Step => ({ first: i % LENGTH, count: 1, factor: i < LENGTH ? 1 : 2, shift: i }),
@@ -226,7 +226,7 @@ describe("a list", () => {
     expect(() => take(list, x, [{ ...least, shift: 2 * least.shift }])).toThrow("more sets of parameters");
   });
 
-  test("refuses more sets of parameters than its buffer has room for, and still runs those it has", async () => {
+  test("refuses more sets of parameters than it has room for, and still runs those it has", async () => {
     const x = start();
     const list = new DispatchList(gpu, parametersFor(2));
     take(list, x, [DOUBLE, ADD_ONE]);
@@ -249,7 +249,7 @@ describe("a list", () => {
     expect(await numbers(x)).toEqual(after(...MANY, DOUBLE, ...MANY));
   });
 
-  test("does not depend on another list's buffer with the same parameters, nor on bind groups made since", async () => {
+  test("depends neither on another list's buffer nor on what bind groups are forgotten", async () => {
     const x = start();
     const parameters = createParameters(gpu, parametersBytes(1));
     const gone = new DispatchList(gpu, parameters);

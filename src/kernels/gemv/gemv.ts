@@ -200,18 +200,22 @@ export const plainGemv = ofEachForm<GemvVariant, MatmulProblem>({
 /** What of a variant is chosen for a device. */
 type GemvShape = Pick<GemvVariant, "rows" | "strip4" | "slices" | "steps">;
 
-/** Candidates in order of preference, for `rows` rows; `unroll` is false on software adapters only. */
+/**
+ * Candidates in order of preference.
+ * @param sizes rows of `x`; `unroll` is false on software adapters only; lanes of a workgroup at most, 1,024 if left out
+ */
 export function gemvCandidates<V extends GemvVariant, P extends MatmulProblem>(
   kernels: Readonly<Record<Form, Kernel<V, P>>>,
   own: Omit<V, keyof GemvShape>,
-  { rows, unroll }: { readonly rows: number; readonly unroll: boolean },
+  sizes: { readonly rows: number; readonly unroll: boolean; readonly mostLanes?: number },
 ): Op<P>[] {
+  const { rows, unroll, mostLanes = 1024 } = sizes;
   const ops = (form: Form, shapes: readonly GemvShape[]) =>
     shapes.map((shape) => op(kernels[form], { ...own, ...shape } as unknown as V));
   // Up to eight rows would be one tile of eight: two of four are as many workgroups more.
   const tileRows = rows > 8 ? 8 : Math.min(4, 2 ** Math.ceil(Math.log2(rows)));
   const { inner } = own;
-  const hardware = [hardwareShape(inner, tileRows, 1024), hardwareShape(inner, tileRows, 256)];
+  const hardware = [...new Set([mostLanes, 256])].map((lanes) => hardwareShape(inner, tileRows, lanes));
   const smallest = hardwareShape(inner, 1, 256);
   return [
     ...(unroll ? [] : ops("software", [{ rows: tileRows, ...SOFTWARE }, { rows: 1, ...SOFTWARE }])),
