@@ -234,7 +234,8 @@ const MOST_STEPS = 8;
 
 function hardwareShape(inner: number, rows: number, mostLanes: number): GemvShape {
   const vectors = inner / 4;
-  const lanes = rows > 1 ? 256 : mostLanes;
+  // Eight rows of sums fill the registers that more lanes would need.
+  const lanes = rows > 4 ? Math.min(256, mostLanes) : mostLanes;
   let slices = 16;
   while (STRIP4 * slices < lanes && slices * STEPS < vectors) slices *= 2;
   const steps = rows > 1 ? 1 : Math.min(MOST_STEPS, Math.ceil(vectors / slices));
