@@ -5,6 +5,7 @@ import { GRID_FOLD } from "../../src/kernels/shared/shared.ts";
 import { type Elem, op } from "../../src/runtime/kernel.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, maxAbs, reportErrors } from "../support/compare.ts";
 import { eachElem, padRows, poison, rounded, runOp, tensor, testDevice, thenNan } from "../support/device.ts";
+import { plainLayerNorm } from "../support/matmul.ts";
 import { normalArray } from "../support/random.ts";
 
 const gpu = await testDevice();
@@ -18,33 +19,6 @@ interface Case {
   readonly firstRow?: number;
   readonly mean?: number;
   readonly deviation?: number;
-}
-
-/** The textbook's two passes over a row with running f32 sums. */
-function plainLayerNorm(
-  x: ArrayLike<number>,
-  gain: ArrayLike<number>,
-  shift: ArrayLike<number>,
-  width: number,
-): Float32Array {
-  const { fround } = Math;
-  const out = new Float32Array(x.length);
-  for (let base = 0; base < x.length; base += width) {
-    let sum = 0;
-    for (let c = 0; c < width; c++) sum = fround(sum + x[base + c]!);
-    const mean = fround(sum / width);
-    let squares = 0;
-    for (let c = 0; c < width; c++) {
-      const centred = fround(x[base + c]! - mean);
-      squares = fround(squares + fround(centred * centred));
-    }
-    const deviation = fround(Math.sqrt(fround(fround(squares / width) + fround(EPSILON))));
-    for (let c = 0; c < width; c++) {
-      const normed = fround(fround(x[base + c]! - mean) / deviation);
-      out[base + c] = fround(normed * gain[c]!) + shift[c]!;
-    }
-  }
-  return out;
 }
 
 function inputs({ width, rows, mean = 0.3, deviation = 2 }: Case) {
@@ -87,7 +61,7 @@ async function checkLayerNorm(c: Case, given = inputs(c)): Promise<void> {
   const { x, gain, shift } = given;
   const got = await runLayerNorm(c, given);
   const wanted = padRows(layerNormReference(x, gain, shift, width, EPSILON), width);
-  const plain = padRows(plainLayerNorm(x, gain, shift, width), width);
+  const plain = padRows(plainLayerNorm(x, gain, shift, width, EPSILON), width);
   expectClose(got, wanted, plain, {
     kernel: "layer_norm",
     elem,

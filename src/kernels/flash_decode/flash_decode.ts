@@ -12,7 +12,7 @@ import bindingsText from "./bindings.wgsl" with { type: "text" };
 import splitText from "./split_kv.wgsl" with { type: "text" };
 import subgroupText from "./subgroup_split_kv.wgsl" with { type: "text" };
 
-export interface SplitKvVariant {
+interface CommonVariant {
   readonly elem: Elem;
   readonly heads: number;
   readonly headDim4: number;
@@ -22,22 +22,17 @@ export interface SplitKvVariant {
   readonly lanes: number;
   /** Slices that a sequence has at most. */
   readonly maxSplits: number;
+}
+
+export interface SplitKvVariant extends CommonVariant {
   /** See `shared/trips.wgsl`. */
   readonly unroll: boolean;
 }
 
-export interface SubgroupSplitKvVariant {
-  readonly elem: Elem;
-  readonly heads: number;
-  readonly headDim4: number;
+/** `rowLanes` is a power of two, `lanes` whole subgroups and at most `KV_BLOCK` times `rowLanes`. */
+export interface SubgroupSplitKvVariant extends CommonVariant {
   /** Lanes of the device's subgroups. */
   readonly subgroup: number;
-  /** Lanes that hold a row: a power of two that divides `headDim4`, at most a subgroup. */
-  readonly rowLanes: number;
-  /** Lanes of a workgroup: whole subgroups, at most `KV_BLOCK` times `rowLanes`. */
-  readonly lanes: number;
-  /** Slices that a sequence has at most. */
-  readonly maxSplits: number;
   /** Keys that `rowLanes` lanes load at a time; those of the whole workgroup divide `KV_BLOCK`. */
   readonly keys: number;
 }
@@ -77,11 +72,20 @@ const common = {
   }),
   // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
   // once.
-  grid: (
-    v: { readonly maxSplits: number },
-    p: SplitKvProblem,
-  ): Grid => [v.maxSplits, p.range.heads, p.sequences],
+  grid: (v: CommonVariant, p: SplitKvProblem): Grid => [v.maxSplits, p.range.heads, p.sequences],
 } as const;
+
+function commonConsts(v: CommonVariant) {
+  return {
+    HEADS: v.heads,
+    HEAD_DIM4: v.headDim4,
+    KV_BLOCK,
+    MAX_SPLITS: v.maxSplits,
+    LANES: v.lanes,
+    ROW_LANES: v.rowLanes,
+    VECTORS: v.headDim4 / v.rowLanes,
+  };
+}
 
 /** Groups of `rowLanes` lanes, a power of two so that they divide a block, and the keys of each at a time. */
 function groupsOf({ lanes, rowLanes }: SplitKvVariant): { readonly groups: number; readonly keys: number } {
@@ -114,13 +118,7 @@ export const splitKvAttention: Kernel<SplitKvVariant, SplitKvProblem> = {
     return {
       aliases: { elem: v.elem },
       consts: {
-        HEADS: v.heads,
-        HEAD_DIM4: v.headDim4,
-        KV_BLOCK,
-        MAX_SPLITS: v.maxSplits,
-        LANES: v.lanes,
-        ROW_LANES: v.rowLanes,
-        VECTORS: v.headDim4 / v.rowLanes,
+        ...commonConsts(v),
         GROUPS: groups,
         KEYS: keys,
         ...unrollConst(v.unroll),
@@ -150,16 +148,7 @@ export const subgroupSplitKvAttention: Kernel<SubgroupSplitKvVariant, SplitKvPro
   header: (v) => ({
     aliases: { elem: v.elem },
     subgroup: v.subgroup,
-    consts: {
-      HEADS: v.heads,
-      HEAD_DIM4: v.headDim4,
-      KV_BLOCK,
-      MAX_SPLITS: v.maxSplits,
-      LANES: v.lanes,
-      ROW_LANES: v.rowLanes,
-      VECTORS: v.headDim4 / v.rowLanes,
-      KEYS: v.keys,
-    },
+    consts: { ...commonConsts(v), KEYS: v.keys },
   }),
   workgroupBytes(v) {
     const subgroups = v.lanes / v.subgroup;
