@@ -78,7 +78,10 @@ interface Submission {
   taken: number;
 }
 
-/** Draws tokens for the sequences of a model; one decoder of a model at a time. */
+/**
+ * Draws tokens for the sequences of a model; one decoder of a model at a time. A step runs all of them: what the cache holds
+ * of a sequence that has not begun, or has ended, is undefined after it.
+ */
 export class Decoder {
   readonly #parts: DecoderParts;
   readonly #options: DecoderOptions;
@@ -133,6 +136,7 @@ export class Decoder {
    */
   begin(sequence: number, seen: ArrayLike<number>, seed: number, logits?: Float32Array<ArrayBuffer>): void {
     const { buffers, cache, config } = this.#parts;
+    this.#checkRoom(1);
     // The draw counts one on: to the position of the token that it draws.
     const state = { length: cache.lengthOf(sequence) - 1, step: 0, seed };
     upload(buffers.sequences, packSequence(state), SEQUENCE_BYTES * sequence);
@@ -195,6 +199,12 @@ export class Decoder {
     while (this.#inFlight > 0) await this.next();
   }
 
+  #checkRoom(steps: number): void {
+    if (this.#inFlight + steps > this.mostInFlight) {
+      throw new Error("There is no room for more steps in flight");
+    }
+  }
+
   #submit(
     steps: number,
     draws: readonly number[],
@@ -202,24 +212,15 @@ export class Decoder {
     record: (r: Recorder, slot: number) => void,
   ): void {
     const { gpu, profiler, plan, readbacks, buffers } = this.#parts;
-    if (this.#inFlight + steps > plan.inFlight) throw new Error("There is no room for more steps in flight");
+    this.#checkRoom(steps);
     // There are no more submissions in flight than steps.
-    const turn = this.#submitted++ % plan.inFlight;
-    const readback = readbacks[turn]!;
-    const firstSlot = turn * STEPS_PER_SUBMISSION;
+    const readback = readbacks[this.#submitted++ % plan.inFlight]!;
     const r = new Recorder(gpu, appends ? "decode" : "first token", { profiler });
-    for (let step = 0; step < steps; step++) record(r, firstSlot + step);
+    for (let step = 0; step < steps; step++) record(r, step);
     const sizes = stepResultBytes(plan);
-    r.copy(buffers.results, firstSlot * sizes.results, readback, 0, steps * sizes.results);
+    r.copy(buffers.results, 0, readback, 0, steps * sizes.results);
     if (this.#options.logprobs !== undefined) {
-      const bytes = steps * sizes.logprobs;
-      r.copy(
-        buffers.logprobs,
-        firstSlot * sizes.logprobs,
-        readback,
-        STEPS_PER_SUBMISSION * sizes.results,
-        bytes,
-      );
+      r.copy(buffers.logprobs, 0, readback, STEPS_PER_SUBMISSION * sizes.results, steps * sizes.logprobs);
     }
     r.submit();
     const bytes = readback.read();

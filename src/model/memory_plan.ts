@@ -155,8 +155,8 @@ export type DecodingName =
   | "seen" // [sequences, vocab / 32] u32: a bit for each token that the repetition penalty applies to
   | "partialOut" // [sequences, mostSplits, heads, headDim] f32
   | "partialMl" // [sequences, mostSplits, heads, 2] f32
-  | "results" // [slots, sequences] Result: a slot for each step of as many submissions as steps may be in flight
-  | "logprobs"; // [slots, sequences, 1 + logprobs, 2] u32
+  | "results" // [STEPS_PER_SUBMISSION, sequences] Result: a submission copies its results before the next one runs
+  | "logprobs"; // [STEPS_PER_SUBMISSION, sequences, 1 + logprobs, 2] u32
 
 /** Bytes that a step leaves for the host, the result of each sequence and then its log-probabilities. */
 export function stepResultBytes(
@@ -280,9 +280,8 @@ function planDecoding(
   { context }: PlanOptions,
   decoding: DecodingPlan,
 ): Readonly<Record<DecodingName, PlannedBuffer>> {
-  const { sequences, inFlight } = decoding;
+  const { sequences } = decoding;
   const slices = sequences * mostSplits(sequences);
-  const slots = inFlight * STEPS_PER_SUBMISSION;
   const step = stepResultBytes(decoding);
   const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
   return {
@@ -292,8 +291,8 @@ function planDecoding(
     seen: buffer("tokens seen", seenBytes(config.vocabSize) * sequences),
     partialOut: buffer("attention splits", 4 * slices * paddedSizes(config).headsWidth),
     partialMl: buffer("attention split statistics", 8 * slices * config.nHead),
-    results: buffer("drawn tokens", step.results * slots),
-    logprobs: buffer("log-probabilities", step.logprobs * slots),
+    results: buffer("drawn tokens", step.results * STEPS_PER_SUBMISSION),
+    logprobs: buffer("log-probabilities", step.logprobs * STEPS_PER_SUBMISSION),
   };
 }
 
