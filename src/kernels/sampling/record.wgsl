@@ -3,12 +3,12 @@ const HAS_NAN = 1u;
 const HAS_INFINITY = 2u;
 const ALL_MINUS_INFINITY = 3u;
 
-// What is to be said of a row whose first token this is.
-fn result_of(token: Ranked) -> Result {
-    if (token.key == NAN_KEY) { return Result(0u, HAS_NAN, token.id); }
-    if (token.key == key_of(INFINITY_BITS)) { return Result(0u, HAS_INFINITY, token.id); }
-    if (token.key == LOWEST_KEY) { return Result(0u, ALL_MINUS_INFINITY, token.id); }
-    return Result(token.id, NO_PROBLEM, 0u);
+fn problem_of(best: Best) -> Result {
+    let bits = bitcast<u32>(best.token.score);
+    if (best.nan_id != NO_TOKEN) { return Result(0u, HAS_NAN, best.nan_id); }
+    if (bits == INFINITY_BITS) { return Result(0u, HAS_INFINITY, best.token.id); }
+    if (bits == (INFINITY_BITS | 0x80000000u)) { return Result(0u, ALL_MINUS_INFINITY, best.token.id); }
+    return Result(best.token.id, NO_PROBLEM, 0u);
 }
 
 // Hands a drawn token to the host and to the next step. The caller is a single lane, behind a barrier.

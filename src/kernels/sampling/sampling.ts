@@ -14,7 +14,7 @@ import scanText from "./scan.wgsl" with { type: "text" };
 export interface SamplingVariant {
   /** Lanes of a sequence's workgroup, a multiple of 32, at least 64: two groups. */
   readonly lanes: number;
-  /** Blocks of four logits that a lane loads at a time. */
+  /** Logits that a lane loads at a time. */
   readonly loads: number;
   /** See `shared/trips.wgsl`. */
   readonly unroll: boolean;
@@ -85,9 +85,9 @@ function header({ lanes, loads, unroll }: SamplingVariant) {
   return { aliases: {}, consts: { LANES: lanes, LOADS: loads, ...unrollConst(unroll) } };
 }
 
-/** Bytes of `lane_keys`, `column_words` and `picked`. */
+/** Bytes of `lane_words`. */
 function scanBytes({ lanes }: SamplingVariant): number {
-  return 4 * lanes + 256 + 16;
+  return 16 * lanes;
 }
 
 function drawingValues(p: DrawProblem) {
@@ -121,8 +121,7 @@ function normal(x: number): number {
   return Math.min(Math.max(x, SMALLEST), LARGEST);
 }
 
-/** As in `draw.wgsl`. */
-const LIST = 384;
+const LIST = 256;
 
 /** A token of each row, drawn at random from what the filters leave. */
 export const draw: Kernel<SamplingVariant, DrawProblem> = {
@@ -136,10 +135,6 @@ export const draw: Kernel<SamplingVariant, DrawProblem> = {
     tripsHelper,
   ],
   ...drawing,
-  header: (v) => {
-    const { aliases, consts } = header(v);
-    return { aliases, consts: { ...consts, SPREAD: Math.min(v.lanes, 128) } };
-  },
   params: {
     ...drawingParams,
     inverse_temperature: "f32",
@@ -150,10 +145,11 @@ export const draw: Kernel<SamplingVariant, DrawProblem> = {
   },
   workgroupBytes: (v) =>
     scanBytes(v) +
-    16 * v.lanes + // lane_words
     16 * Math.ceil((v.lanes + v.lanes / 32) / 4) + // sums
-    3 * 16 + // random, listed, list_sum
-    5 * 4 * LIST, // list_keys, list_ids, list_weights, ranked_keys, ranked_ids
+    16 + // picked
+    16 + // random
+    16 + // last_kept
+    3 * 4 * LIST, // list_scores, list_ids, list_weights
   values: (_, p) => ({
     ...drawingValues(p),
     inverse_temperature: normal(1 / p.temperature),
@@ -196,7 +192,7 @@ export const logprobs: Kernel<SamplingVariant, LogprobsProblem> = {
 /** A row is read by one multiprocessor, as fast as it has loads under way; on software adapters a barrier costs more. */
 function variants(unroll: boolean): SamplingVariant[] {
   return unroll
-    ? [{ lanes: 1024, loads: 7, unroll }, { lanes: 256, loads: 7, unroll }]
+    ? [{ lanes: 1024, loads: 8, unroll }, { lanes: 256, loads: 8, unroll }]
     : [{ lanes: 64, loads: 1, unroll }];
 }
 

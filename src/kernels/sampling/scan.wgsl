@@ -1,184 +1,103 @@
-// How a workgroup shares a row of logits, and its largest one. Rows are read in blocks of four logits, aligned in the
-// buffer; the at most three logits in front of a row's first block, and those behind its last, are edges: a lane has one
-// or none. GROUP lanes take a run of blocks and step through it side by side: loads are coalesced, and the sums of groups
-// are sums over ids in order. GROUPS divides LANES.
+// How a workgroup shares a row of logits, and its largest one. GROUP lanes take a run of ids and step through it side by
+// side: loads are coalesced, and the sums of groups are sums over ids in order. GROUPS divides LANES.
 const GROUP = 32u;
 const GROUPS = LANES / GROUP;
 
 const NO_TOKEN = 0xffffffffu;
 const INFINITY_BITS = 0x7f800000u;
-const SIGN_BIT = 0x80000000u;
 
-struct Row {
-    index: u32,
-    head: u32,          // ids in front of the first block
-    first_block: u32,   // in the buffer
-    blocks: u32,
+struct Share { first: u32, end: u32 }       // ids first, first + GROUP, ... below end
+
+// A lane's share of the `length` ids from `first` on. Every lane has ceil(length / LANES) of them or fewer.
+fn share_of(first: u32, length: u32, lane: u32) -> Share {
+    let run = (length + LANES - 1u) / LANES * GROUP;
+    let start = first + lane / GROUP * run;
+    return Share(start + lane % GROUP, min(start + run, first + length));
 }
 
-fn row_of(index: u32) -> Row {
-    let start = index * params.vocab;
-    let head = min((4u - start % 4u) % 4u, params.vocab);
-    return Row(index, head, (start + head) / 4u, (params.vocab - head) / 4u);
-}
-
-// The id of a block's first logit.
-fn id_of(row: Row, block: u32) -> u32 {
-    return row.head + 4u * block;
-}
-
-// Blocks of a group's run, a multiple of GROUP.
-fn run_length(row: Row) -> u32 {
-    return (row.blocks + LANES - 1u) / LANES * GROUP;
-}
-
-struct Share { first: u32, end: u32 }       // blocks first, first + GROUP, ... below end
-
-fn share_of(row: Row, lane: u32) -> Share {
-    let start = lane / GROUP * run_length(row);
-    return Share(start + lane % GROUP, min(start + run_length(row), row.blocks));
-}
-
-// The id of a lane's edge, or NO_TOKEN: those in front are of the first lanes, those behind of the last.
-fn edge_of(row: Row, lane: u32) -> u32 {
-    let from_end = LANES - lane;
-    if (lane < row.head) { return lane; }
-    if (from_end <= params.vocab - id_of(row, row.blocks)) { return params.vocab - from_end; }
-    return NO_TOKEN;
-}
-
-// Of the blocks first, first + GROUP, ... number c; those that are not below `end`, as `first` is, are `first` again.
-fn block_at(first: u32, c: u32, end: u32) -> u32 {
-    return select(first, first + c * GROUP, first + c * GROUP < end);
-}
-
-// LOADS of these blocks, all under way at once.
-fn load_logits(row: Row, first: u32, end: u32) -> array<vec4u, LOADS> {
-    var loaded = array<vec4u, LOADS>();
-    for (var c = 0u; c < LOADS; c++) { loaded[c] = logits[row.first_block + block_at(first, c, end)]; }
+// Logits of the ids first, first + GROUP, ...: LOADS of them, all under way at once. Those that are not below `end`, as
+// `first` is, repeat the last one that is, whichever lane's it may be.
+fn load_logits(row: u32, first: u32, end: u32) -> array<f32, LOADS> {
+    var loaded = array<f32, LOADS>();
+    for (var c = 0u; c < LOADS; c++) { loaded[c] = logits[row * params.vocab + min(first + c * GROUP, end - 1u)]; }
     return loaded;
 }
 
-fn load_logit(row: Row, id: u32) -> u32 {
-    let i = row.index * params.vocab + id;
-    return logits[i / 4u][i % 4u];
-}
-
-// The order of floats as integers, both zeros as one; that of NaN is nobody's business. Devices may take floats below
-// 2^-126 for 0 where they compare them, so scores are only compared by their keys.
-fn key_of(bits: u32) -> u32 {
-    return select(bits | SIGN_BIT, 0u - bits, bits >= SIGN_BIT);
+// The order of floats as integers: that of NaN is nobody's business.
+fn key_of(score: f32) -> u32 {
+    let bits = bitcast<u32>(score);
+    return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
 }
 
 fn score_of(key: u32) -> f32 {
-    return bitcast<f32>(select(0u - key, key ^ SIGN_BIT, key >= SIGN_BIT));
+    return bitcast<f32>(select(~key, key ^ 0x80000000u, key >= 0x80000000u));
 }
 
-// Below the keys of all tokens, which begin with that of -infinity.
-const NO_KEY = 0u;
-const LOWEST_KEY = SIGN_BIT - INFINITY_BITS;
+// Shaders cannot spell it.
+fn minus_infinity() -> f32 {
+    return score_of(~(INFINITY_BITS | 0x80000000u));
+}
 
-// Above the keys of all numbers: among logits there is NaN.
-const NAN_KEY = 0xffffffffu;
-
-// Tokens rank by decreasing key, equal ones by id.
-struct Ranked { key: u32, id: u32 }
+// Tokens rank by decreasing score, equal ones by id.
+struct Ranked { score: f32, id: u32 }
 
 fn is_before(a: Ranked, b: Ranked) -> bool {
-    return a.key > b.key || (a.key == b.key && a.id < b.id);
+    return a.score > b.score || (a.score == b.score && a.id < b.id);
 }
 
-// Of many logits what their largest key follows from: three comparisons a logit, where its key alone takes as many.
-struct Extent {
-    largest: vec4i,     // of the positive
-    smallest: vec4u,    // of the negative, whose bits fall as they rise
-    most: vec4u,        // tells NaN with a sign
+// The first of a row's tokens, and what else reading them all can tell.
+struct Best {
+    token: Ranked,
+    nan_id: u32,        // the first NaN, or NO_TOKEN
+    lowest: f32,        // the lowest of the lanes' largest scores: about as many tokens as there are lanes reach it
 }
 
-fn no_extent() -> Extent {
-    return Extent(vec4i(bitcast<i32>(SIGN_BIT)), vec4u(NAN_KEY), vec4u(0u));
+// What lanes tell each other, one thing after the other.
+var<workgroup> lane_words: array<vec4u, LANES>;
+
+fn pack_best(best: Best) -> vec4u {
+    return vec4u(bitcast<u32>(best.token.score), best.token.id, best.nan_id, bitcast<u32>(best.lowest));
 }
 
-fn extended(extent: Extent, bits: vec4u) -> Extent {
-    return Extent(
-        max(extent.largest, bitcast<vec4i>(bits)),
-        min(extent.smallest, bits),
-        max(extent.most, bits),
-    );
+fn unpack_best(words: vec4u) -> Best {
+    return Best(Ranked(bitcast<f32>(words.x), words.y), words.z, bitcast<f32>(words.w));
 }
 
-// The largest key of an extent that is not empty, or NAN_KEY.
-fn key_of_extent(extent: Extent) -> u32 {
-    let largest = max(max(extent.largest.x, extent.largest.y), max(extent.largest.z, extent.largest.w));
-    let smallest = min(min(extent.smallest.x, extent.smallest.y), min(extent.smallest.z, extent.smallest.w));
-    let most = max(max(extent.most.x, extent.most.y), max(extent.most.z, extent.most.w));
-    if (largest > bitcast<i32>(INFINITY_BITS) || most > (INFINITY_BITS | SIGN_BIT)) { return NAN_KEY; }
-    return key_of(select(bitcast<u32>(largest), smallest, largest < 0));
-}
-
-// The largest key of a lane's share and edge: NO_KEY if it has none.
-fn lane_key(row: Row, lane: u32) -> u32 {
-    let share = share_of(row, lane);
-    let edge = edge_of(row, lane);
-    var extent = no_extent();
-    for (var block = share.first; block < share.end; block += LOADS * GROUP) {
-        let scores = load_scores(row, block, share.end);
-        for (var c = 0u; c < LOADS; c++) { extent = extended(extent, scores[c]); }
+fn merged_bests(first: u32, stride: u32, count: u32) -> Best {
+    var best = unpack_best(lane_words[first]);
+    for (var i = 1u; i < trips(count); i++) {
+        let other = unpack_best(lane_words[first + i * stride]);
+        if (is_before(other.token, best.token)) { best.token = other.token; }
+        best.nan_id = min(best.nan_id, other.nan_id);
+        // A lane without tokens says nothing about the others.
+        if (other.token.id != NO_TOKEN) { best.lowest = min(best.lowest, other.lowest); }
     }
-    if (edge != NO_TOKEN) { extent = extended(extent, vec4u(load_score(row, edge))); }
-    if (edge == NO_TOKEN && share.first >= share.end) { return NO_KEY; }
-    return key_of_extent(extent);
+    return best;
 }
 
-var<workgroup> lane_keys: array<u32, LANES>;
-var<workgroup> column_words: array<u32, GROUP + GROUP>;
-var<workgroup> picked: vec4u;
-
-// The largest of all lanes' keys, for all of them; each stays in `lane_keys`.
-fn largest_key(key: u32, lane: u32) -> u32 {
-    lane_keys[lane] = key;
+// The best of all lanes' tokens, for all of them. Lane 0 must have a token if any has.
+fn best_of_lanes(best: Best, lane: u32) -> Best {
+    lane_words[lane] = pack_best(best);
     workgroupBarrier();
-    if (lane < GROUP) {
-        var largest = NO_KEY;
-        for (var i = 0u; i < trips(GROUPS); i++) { largest = max(largest, lane_keys[lane + i * GROUP]); }
-        column_words[lane] = largest;
-    }
+    if (lane < GROUP) { lane_words[lane] = pack_best(merged_bests(lane, GROUP, GROUPS)); }
     workgroupBarrier();
-    if (lane == 0u) {
-        var largest = NO_KEY;
-        for (var i = 0u; i < trips(GROUP); i++) { largest = max(largest, column_words[i]); }
-        picked.x = largest;
-    }
-    return workgroupUniformLoad(&picked).x;
+    if (lane == 0u) { lane_words[0] = pack_best(merged_bests(0u, 1u, GROUP)); }
+    return unpack_best(workgroupUniformLoad(&lane_words[0]));
 }
 
-// The lowest of all lanes' ids, for all of them.
-fn lowest_id(id: u32, lane: u32) -> u32 {
-    return ~largest_key(~id, lane);
-}
-
-fn is_wanted(bits: u32, key: u32) -> bool {
-    let is_nan = (bits & ~SIGN_BIT) > INFINITY_BITS;
-    return select(key_of(bits) == key && !is_nan, is_nan, key == NAN_KEY);
-}
-
-// The first token whose key is the largest of all, `own` that of the lane's tokens; for NAN_KEY the first NaN. Few lanes
-// have a part in it.
-fn first_token(row: Row, lane: u32, own: u32, largest: u32) -> u32 {
-    var first = NO_TOKEN;
-    if (own == largest) {
-        let share = share_of(row, lane);
-        let edge = edge_of(row, lane);
-        for (var block = share.first; block < share.end && first == NO_TOKEN; block += LOADS * GROUP) {
-            let scores = load_scores(row, block, share.end);
-            for (var c = 0u; c < LOADS; c++) {
-                let id = id_of(row, block_at(block, c, share.end));
-                for (var i = 0u; i < trips(4u); i++) {
-                    if (is_wanted(scores[c][i], largest)) { first = min(first, id + i); }
-                }
-            }
+// The first token of a row of scores. NaN is told by its bits: no comparison finds it, and not every device lets it be.
+fn best_token(row: u32, lane: u32) -> Best {
+    let share = share_of(0u, params.vocab, lane);
+    var best = Ranked(minus_infinity(), NO_TOKEN);
+    var nan_id = NO_TOKEN;
+    if (share.first < share.end) { best.id = share.first; }
+    for (var id = share.first; id < share.end; id += LOADS * GROUP) {
+        let scores = load_scores(row, id, share.end);
+        for (var c = 0u; c < LOADS; c++) {
+            let token = Ranked(scores[c], min(id + c * GROUP, share.end - 1u));
+            if (token.score > best.score) { best = token; }
+            if ((bitcast<u32>(token.score) & 0x7fffffffu) > INFINITY_BITS) { nan_id = min(nan_id, token.id); }
         }
-        if (edge != NO_TOKEN && is_wanted(load_score(row, edge), largest)) { first = min(first, edge); }
     }
-    return lowest_id(first, lane);
+    return best_of_lanes(Best(best, nan_id, best.score), lane);
 }
