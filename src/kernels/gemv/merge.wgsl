@@ -5,6 +5,7 @@ var<workgroup> slice_weights: array<f32, ROWS * HEADS * MAX_SPLITS>;        // [
 
 // Slices that are read at a time.
 const GROUP = 4u;
+const_assert MAX_SPLITS % GROUP == 0u;
 
 fn stage(row: u32, r: u32, k4: u32) -> vec4f {
     let head = k4 / HEAD_DIM4;

@@ -3,7 +3,6 @@
 // A loop of up to 32 trips would be unrolled, and compiled for up to 18 seconds. Its trips must not be a constant then, nor
 // may the compiler take them for the length of the array that the loop reads: X_TILE is always more.
 const LANES = STRIP4;
-const TILE4 = INNER4;
 
 var<workgroup> x_tile: array<vec4f, X_TILE>;       // [ROWS, INNER4]
 
