@@ -176,7 +176,7 @@ class Batch {
     const config = this.#config;
     const { context, positions } = this.#planContext(prepared);
     const lines = prepared.map((line) => "error" in line ? line : fitting(line, context, positions));
-    const usable = lines.filter((line) => "ids" in line);
+    const usable = lines.flatMap((line, place) => "ids" in line ? [{ line, place }] : []);
     const out = new OrderedOutput(lines.length, !options.json);
     lines.forEach((line, i) => {
       if ("error" in line) out.set(i, line);
@@ -194,7 +194,7 @@ class Batch {
         context,
         positions,
         decoding: { sequences, inFlight: options.inFlight ?? inFlightOf(this.#gpu), logprobs },
-        expected: { promptTokens: usable[0]?.ids.length, drawing: { sampling, logprobs } },
+        expected: { promptTokens: usable[0]?.line.ids.length, drawing: { sampling, logprobs } },
       },
       options,
       progress,
@@ -208,7 +208,7 @@ class Batch {
     try {
       const results = generateBatch(
         model,
-        usable.map(({ ids }) => ids),
+        usable.map(({ line }) => line.ids),
         this.#tokenizer.bytesOf.bind(this.#tokenizer),
         {
           maxTokens: options.maxTokens,
@@ -230,9 +230,9 @@ class Batch {
         },
       );
       for await (const result of results) {
-        const line = usable[result.index]!;
+        const { line, place } = usable[result.index]!;
         progress.clear();
-        out.set(lines.indexOf(line), this.#reportOf(line, result));
+        out.set(place, this.#reportOf(line, result));
         if (out.isClosed) controller.abort();
         isInterrupted ||= result.finishReason === "interrupt";
       }

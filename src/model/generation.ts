@@ -58,14 +58,14 @@ export async function* generate(
   const decoder = await model.decoder({ sampling, logprobs });
   const text = new TextStream(bytesOf, options.stop);
   const seen = Array.from(prompt.cached);
-  let logits: Float32Array<ArrayBuffer> | undefined;
+  const { rest } = prompt;
+  const restored = "logits" in rest ? rest.logits : undefined;
   try {
-    if ("logits" in prompt.rest) logits = prompt.rest.logits;
-    const last = logits ?? await model.prefill(remembering(prompt.rest as TokenSource, seen), {
+    const logits = "logits" in rest ? rest.logits : await model.prefill(remembering(rest, seen), {
       signal: options.signal,
       ...(options.onPrefillProgress ? { onProgress: options.onPrefillProgress } : {}),
     });
-    await options.onPrefilled?.(seen, last);
+    await options.onPrefilled?.(seen, logits);
   } catch (error) {
     if (options.signal?.aborted && error === options.signal.reason) return text.finish("interrupt");
     throw error;
@@ -74,7 +74,7 @@ export async function* generate(
   const most = Math.min(maxTokens, model.context - model.length + 1);
   const depth = Math.min(options.inFlight ?? decoder.mostInFlight, decoder.mostInFlight);
   try {
-    if (most > 0) decoder.begin(0, seen, sampling.seed, logits);
+    if (most > 0) decoder.begin(0, seen, sampling.seed, restored);
     for (let drawn = 0; drawn < most; drawn++) {
       if (options.signal?.aborted) return text.finish("interrupt");
       // One step more each time: the first tokens do not wait until many steps are handed over.

@@ -108,6 +108,15 @@ export function op<V extends object, P>(kernel: Kernel<V, P>, variant: V): Op<P>
   return { kernel, variant };
 }
 
+/** The candidates without those that repeat an earlier one: small models make different choices come out the same. */
+export function distinct<P>(candidates: readonly Op<P>[]): Op<P>[] {
+  const known = new Set<string>();
+  return candidates.filter(({ kernel, variant }) => {
+    const key = `${kernel.name} ${JSON.stringify(variant)}`;
+    return !known.has(key) && known.add(key);
+  });
+}
+
 /** What may help where no candidate runs, from why each of them does not. */
 export function adviceFor(reasons: readonly string[]): string {
   const isF16 = reasons.length > 0 && reasons.every((reason) => reason === NEEDS_F16);

@@ -1,4 +1,12 @@
-import { type Elem, type Grid, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import {
+  distinct,
+  type Elem,
+  type Grid,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+} from "../../runtime/kernel.ts";
 import {
   type HeadRange,
   KV_BLOCK,
@@ -220,9 +228,9 @@ export function splitKvCandidates(
   const sizes = unroll
     ? [512, 256, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }))
     : [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
-  return [
+  return distinct([
     ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
       .map((v) => op(subgroupSplitKvAttention, v)),
     ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits).map((v) => op(splitKvAttention, v)),
-  ];
+  ]);
 }

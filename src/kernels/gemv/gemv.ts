@@ -1,4 +1,4 @@
-import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import { type Epilogue, epilogueFile, EPILOGUES, type MatmulProblem, storeFile } from "../matmul/matmul.ts";
 import { existingColumns, KV_BLOCK, sequenceStruct, splitsHelper, workgroupSum } from "../shared/shared.ts";
 import finishSubgroupText from "./finish_subgroup.wgsl" with { type: "text" };
@@ -215,13 +215,13 @@ export function gemvCandidates<V extends GemvVariant, P extends MatmulProblem>(
   // Up to eight rows would be one tile of eight: two of four are as many workgroups more.
   const tileRows = rows > 8 ? 8 : Math.min(4, 2 ** Math.ceil(Math.log2(rows)));
   const { inner } = own;
-  const hardware = [...new Set([mostLanes, 256])].map((lanes) => hardwareShape(inner, tileRows, lanes));
+  const hardware = [mostLanes, 256].map((lanes) => hardwareShape(inner, tileRows, lanes));
   const smallest = hardwareShape(inner, 1, 256);
-  return [
+  return distinct([
     ...(unroll ? [] : ops("software", [{ rows: tileRows, ...SOFTWARE }, { rows: 1, ...SOFTWARE }])),
     ...(unroll ? ops("subgroup", hardware) : []),
-    ...ops("workgroup", tileRows > 1 ? [...hardware, smallest] : hardware),
-  ];
+    ...ops("workgroup", [...hardware, smallest]),
+  ]);
 }
 
 const SOFTWARE = { strip4: 8, slices: 1, steps: 1 };
