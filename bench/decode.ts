@@ -102,7 +102,7 @@ async function emptyDispatch(): Promise<number> {
 
 const benchmark = new Benchmark(gpu, config, {
   elem,
-  chosen: chooseKernels(kernelShape(config, elem, gpu.caps, sequences), gpu.caps),
+  chosen: chooseKernels(kernelShape(config, elem, gpu.caps, { sequences }), gpu.caps),
   runs: RUNS,
   signal: new AbortController().signal,
 });

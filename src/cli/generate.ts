@@ -1,4 +1,5 @@
 /** `generate`: a prompt in, streamed text out. */
+import type { Sparsity } from "../kvcache/sparsity.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { DecoderOptions } from "../model/decoder.ts";
 import { type FinishReason, generate, type Prompt } from "../model/generation.ts";
@@ -26,6 +27,7 @@ import {
   loadModel,
   modelFolder,
   openCommandDevice,
+  openSparsity,
 } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {
@@ -39,7 +41,14 @@ import {
   writeResult,
 } from "./output.ts";
 import { PromptSession, type SessionReport } from "./prompt_session.ts";
-import { formatProfile, type Memory, memoryReport, type Timings } from "./report.ts";
+import {
+  formatProfile,
+  type Memory,
+  memoryReport,
+  type SparsityReport,
+  sparsityReport,
+  type Timings,
+} from "./report.ts";
 
 export interface LogprobEntry {
   readonly id: number;
@@ -70,6 +79,8 @@ interface GenerateReport {
   readonly seed: number;
   readonly logprobs?: readonly TokenLogprobs[];
   readonly session?: SessionReport;
+  /** Absent for dense attention. */
+  readonly sparsity?: SparsityReport;
   readonly profile?: readonly KernelTime[];
   readonly timings: Timings;
   readonly memory: Memory;
@@ -78,6 +89,7 @@ interface GenerateReport {
 /** What is settled before the device is open. */
 interface PreparedPrompt {
   readonly config: GPT2Config;
+  readonly sparsity: Sparsity;
   /** Undefined when the prompt came as ids and the model has none. */
   readonly tokenizer: GPT2Tokenizer | undefined;
   readonly tokens: TokenSource;
@@ -135,25 +147,27 @@ async function prepare(
   prompt: PromptInput,
   options: GenerateOptions,
 ): Promise<PreparedPrompt> {
+  const sparsity = await openSparsity(options.sparsity);
   if ("ids" in prompt) {
     const tokenizer = await hasFile(dir, "tokenizer.json") ? await loadTokenizer(dir) : undefined;
     if (!tokenizer && options.stop.length > 0) {
       throw new UsageError(`\`--stop\` needs a tokenizer, and ${dir} has none`);
     }
-    return { config, tokenizer, ...known(prompt.ids), tokenizeMs: () => null };
+    return { config, sparsity, tokenizer, ...known(prompt.ids), tokenizeMs: () => null };
   }
   const tokenizer = await loadTokenizer(dir);
   if ("text" in prompt) {
     const starting = performance.now();
     const ids = tokenizer.encode(prompt.text);
     const tokenizeMs = performance.now() - starting;
-    return { config, tokenizer, ...known(ids), tokenizeMs: () => tokenizeMs };
+    return { config, sparsity, tokenizer, ...known(ids), tokenizeMs: () => tokenizeMs };
   }
   const { input } = prompt;
   const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength);
   const bound = await boundTokens(tokens, options);
   return {
     config,
+    sparsity,
     tokenizer,
     tokens,
     bound,
@@ -176,18 +190,24 @@ async function runOnDevice(
   prepared: PreparedPrompt,
   options: GenerateOptions,
 ): Promise<number> {
-  const { config } = prepared;
+  const { config, sparsity } = prepared;
   const { context, positions } = planContext(prepared, options);
   const elem = chooseElem(options.dtype, gpu.caps);
   const progress = new ProgressLine(options);
-  const session = options.session === undefined
-    ? undefined
-    : await PromptSession.open(options.session, { source, config, elem, positions, isQuiet: options.quiet });
+  const session = options.session === undefined ? undefined : await PromptSession.open(options.session, {
+    source,
+    config,
+    elem,
+    positions,
+    sparsity,
+    isQuiet: options.quiet,
+  });
   try {
     const needs = {
       elem,
       context,
       positions,
+      sparsity,
       decoding: { sequences: 1, inFlight: options.inFlight ?? inFlightOf(gpu), logprobs: options.logprobs },
       expected: { promptTokens: prepared.promptTokens(), drawing: drawingOf(options) },
     };
@@ -197,7 +217,7 @@ async function runOnDevice(
         { cached: [], rest: prepared.tokens };
       const result = await stream(model, prompt, prepared, session, options, progress);
       const timings = { load_ms: loadMs, tokenize_ms: prepared.tokenizeMs(), ...result.timings };
-      report(result, timings, memoryReport(gpu, model), session, profiler, options);
+      report(result, timings, memoryReport(gpu, model), sparsityReport(model), session, profiler, options);
       return result.finishReason === "interrupt" && !result.isPipeClosed ? 130 : 0;
     } finally {
       profiler?.destroy();
@@ -364,6 +384,7 @@ function report(
   result: StreamResult,
   timings: Timings,
   memory: Memory,
+  sparsity: SparsityReport | undefined,
   session: PromptSession | undefined,
   profiler: Profiler | undefined,
   options: GenerateOptions,
@@ -378,6 +399,7 @@ function report(
       seed: result.seed,
       ...(result.logprobs ? { logprobs: result.logprobs } : {}),
       ...(session ? { session: session.report() } : {}),
+      ...(sparsity ? { sparsity } : {}),
       ...(profile ? { profile: profile.kernels } : {}),
       timings,
       memory,

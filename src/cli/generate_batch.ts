@@ -1,5 +1,6 @@
 /** `generate --prompts FILE`: many prompts in, a line of JSON for each out, in the order of the prompts. */
 import { type BatchResult, generateBatch, seedOf as seedOfPrompt } from "../model/batch.ts";
+import type { Sparsity } from "../kvcache/sparsity.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { FinishReason } from "../model/generation.ts";
 import { tooManyPositions } from "../model/gpt2.ts";
@@ -22,6 +23,7 @@ import {
   loadModel,
   modelFolder,
   openCommandDevice,
+  openSparsity,
 } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {
@@ -33,7 +35,14 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import { formatProfile, type Memory, memoryReport, type Timings } from "./report.ts";
+import {
+  formatProfile,
+  type Memory,
+  memoryReport,
+  type SparsityReport,
+  sparsityReport,
+  type Timings,
+} from "./report.ts";
 
 /** A line of the file. */
 interface PromptLine {
@@ -71,6 +80,8 @@ type LineReport =
 interface BatchReport {
   readonly results: readonly LineReport[];
   readonly batch: number;
+  /** Absent for dense attention. */
+  readonly sparsity?: SparsityReport;
   readonly profile?: readonly KernelTime[];
   readonly timings: Timings;
   readonly memory: Memory;
@@ -85,6 +96,7 @@ export async function runGenerateBatch(options: GenerateOptions): Promise<number
   const dir = modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
+  const sparsity = await openSparsity(options.sparsity);
   const lines = await readLines(options.prompts!);
   const opening = openCommandDevice(options);
   opening.catch(() => {});
@@ -96,7 +108,7 @@ export async function runGenerateBatch(options: GenerateOptions): Promise<number
   try {
     const gpu = await opening;
     try {
-      return await new Batch(gpu, config, tokenizer, options).run(source, prepared, tokenizeMs);
+      return await new Batch(gpu, config, tokenizer, sparsity, options).run(source, prepared, tokenizeMs);
     } finally {
       gpu.destroy();
     }
@@ -156,13 +168,21 @@ class Batch {
   readonly #gpu: Gpu;
   readonly #config: GPT2Config;
   readonly #tokenizer: GPT2Tokenizer;
+  readonly #sparsity: Sparsity;
   readonly #options: GenerateOptions;
   readonly #seed: number;
 
-  constructor(gpu: Gpu, config: GPT2Config, tokenizer: GPT2Tokenizer, options: GenerateOptions) {
+  constructor(
+    gpu: Gpu,
+    config: GPT2Config,
+    tokenizer: GPT2Tokenizer,
+    sparsity: Sparsity,
+    options: GenerateOptions,
+  ) {
     this.#gpu = gpu;
     this.#config = config;
     this.#tokenizer = tokenizer;
+    this.#sparsity = sparsity;
     this.#options = options;
     this.#seed = seedOf(options);
   }
@@ -193,6 +213,7 @@ class Batch {
         elem: chooseElem(options.dtype, this.#gpu.caps),
         context,
         positions,
+        sparsity: this.#sparsity,
         decoding: { sequences, inFlight: options.inFlight ?? inFlightOf(this.#gpu), logprobs },
         expected: { promptTokens: usable[0]?.line.ids.length, drawing: { sampling, logprobs } },
       },
@@ -249,10 +270,12 @@ class Batch {
         decode_tokens_per_s: decodeMs === null ? null : 1000 * generated / decodeMs,
       };
       const memory = memoryReport(this.#gpu, model);
+      const sparsity = sparsityReport(model);
       const profile = profiler?.report();
       const report: BatchReport = {
         results: out.reports,
         batch: sequences,
+        ...(sparsity ? { sparsity } : {}),
         ...(profile ? { profile: profile.kernels } : {}),
         timings,
         memory,

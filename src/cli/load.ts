@@ -1,9 +1,13 @@
 /** What commands share: the model folder, the device, the element type, the loaded model. */
-import { stat } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { readFile, stat } from "node:fs/promises";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { explainChoices } from "../kernels/index.ts";
+import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { parseMask, type Pattern } from "../kvcache/patterns.ts";
+import type { Sparsity } from "../kvcache/sparsity.ts";
 import type { GPT2Config } from "../model/config.ts";
 import { Gpt2, type Gpt2Options, tooManyPositions } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
@@ -12,12 +16,12 @@ import type { TextTokens } from "../model/token_source.ts";
 import type { WeightSource } from "../model/weight_source.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { openDevice } from "../runtime/device.ts";
-import { DeviceError, LongformError, UsageError } from "../runtime/errors.ts";
+import { DeviceError, InputError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { Profiler } from "../runtime/profiler.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
-import { formatChoices } from "./report.ts";
+import { formatChoices, sparsityReport } from "./report.ts";
 
 /** Steps of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
 const IN_FLIGHT = 12;
@@ -104,6 +108,49 @@ export function checkPositions(tokens: number, isAll: boolean, positions: Positi
   throw tooManyPositions(`The text, ${isAll ? "" : "over "}${tokens} tokens,`, positions);
 }
 
+/** A mask larger than this is no mask: one of every block of 256K tokens, written out, has 50 MB. */
+const MOST_MASK_BYTES = 256 << 20;
+
+/**
+ * What a run attends to; reads the mask of `file:`.
+ * @throws InputError when it cannot be read or is no mask
+ */
+export async function openSparsity(pattern: Pattern): Promise<Sparsity> {
+  if (pattern.kind !== "file") return { pattern };
+  const { path } = pattern;
+  const unreadable = (why: string, cause?: unknown) =>
+    new InputError(`The block mask ${path} ${why}`, {
+      hint: "give the path of a JSON file behind `file:`",
+      ...(cause === undefined ? {} : { cause }),
+    });
+  let bytes: Uint8Array;
+  try {
+    const { size } = await stat(path);
+    if (size > MOST_MASK_BYTES) throw unreadable(`has ${size} bytes, more than any mask`);
+    bytes = await readFile(path);
+  } catch (error) {
+    if (error instanceof InputError) throw error;
+    throw unreadable(`cannot be read: ${(error as Error).message}`, error);
+  }
+  const sha256 = createHash("sha256").update(bytes).digest("hex");
+  return { pattern, mask: parseMask(new TextDecoder().decode(bytes), path), sha256 };
+}
+
+/** Says how much of the attention a sparse run keeps. */
+function noteSparsity(model: Gpt2): void {
+  const report = sparsityReport(model);
+  if (!report) return;
+  const { pattern, density } = report;
+  const { sequenceBlocks } = model.plan.kv;
+  const share = `${(100 * density).toPrecision(3)} %`;
+  writeNote(
+    model.sparsity.pattern.kind === "topk"
+      ? `note: attention ${pattern} in decoding: up to ${share} of ${sequenceBlocks} blocks of ${KV_BLOCK} keys a token`
+      : `note: attention ${pattern} keeps ${share} of the causal blocks of ${KV_BLOCK} x ${KV_BLOCK} in ` +
+        `${sequenceBlocks * KV_BLOCK} tokens`,
+  );
+}
+
 /** Says with `-v` which device and kernels run. */
 export function noteChoices(
   gpu: Gpu,
@@ -116,8 +163,9 @@ export function noteChoices(
   writeNote(formatChoices(explainChoices(kernelShape(config, elem, gpu.caps), gpu.caps, kernels)));
 }
 
-export interface ModelOptions extends Pick<Gpt2Options, "decoding" | "expected" | "scoring"> {
+export interface ModelOptions extends Pick<Gpt2Options, "decoding" | "expected" | "scoring" | "comparing"> {
   readonly elem: Elem;
+  readonly sparsity: Sparsity;
   readonly context: number;
   readonly positions: Positions;
 }
@@ -146,6 +194,7 @@ export async function loadModel(
     profiler,
     onLoad: (loaded, total) => progress.show(`loading ${Math.floor(100 * loaded / total)} %`),
   }).finally(() => progress.clear());
+  if (!options.quiet) noteSparsity(model);
   return { model, loadMs: performance.now() - loading, profiler };
 }
 

@@ -4,6 +4,7 @@
  * converted here, once.
  */
 import { type CAC, cac, type Command } from "cac";
+import { parsePattern, type Pattern, PATTERN_GRAMMAR } from "../kvcache/patterns.ts";
 import { PUBLISHED_SHAPES, type PublishedShape } from "../model/config.ts";
 import type { PositionMode } from "../model/positions.ts";
 import { UsageError } from "../runtime/errors.ts";
@@ -28,6 +29,8 @@ export interface RunOptions extends CommonOptions {
   readonly ids: string | undefined;
   readonly context: number | undefined;
   readonly positions: PositionMode;
+  /** What tokens attend to; a mask file is yet to be read. */
+  readonly sparsity: Pattern;
   readonly profile: boolean;
   /** Kernels to run by role, in place of the program's choice. */
   readonly kernels: ReadonlyMap<string, string>;
@@ -66,6 +69,8 @@ export interface ScoreOptions extends RunOptions {
   /** Tokens of each document to score; undefined for all. */
   readonly maxTokens: number | undefined;
   readonly tokenNll: boolean;
+  /** Also run the text with dense attention, and say how far the sparse one is from it. */
+  readonly compare: boolean;
   /** Tokens, from 0, whose rows of logits are wanted; increasing. */
   readonly logits: readonly number[];
 }
@@ -209,6 +214,8 @@ const attentionKinds: Convert = (value, flag) => {
   return someOf(...BENCH_ATTENTION)(value, flag);
 };
 
+const pattern: Convert = (value) => parsePattern(value);
+
 /** `attention=flash_attention/tiled` as a pair. */
 const roleAndKernel: Convert = (value, flag) => {
   const match = /^([^=]+)=(.+)$/.exec(value);
@@ -267,6 +274,11 @@ const RUN: readonly OptionSpec[] = [
     flags: "--positions <mode>",
     description: "Beyond the model's positions: exact (an error), interpolate or repeat (default: exact)",
     convert: oneOf("exact", "interpolate", "repeat"),
+  },
+  {
+    flags: "--sparsity <pattern>",
+    description: `Block-sparse attention: ${PATTERN_GRAMMAR} (default: dense)`,
+    convert: pattern,
   },
   { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
   KERNEL,
@@ -379,6 +391,12 @@ const COMMANDS = {
         convert: tokens,
       },
       { flags: "--token-nll", description: "With --json: the negative log-likelihood of each token" },
+      {
+        flags: "--compare <what>",
+        description:
+          "With --sparsity: how far from dense attention the predictions are; the one choice is dense",
+        convert: oneOf("dense"),
+      },
       {
         flags: "--logits <places>",
         description: "With --json: the logits after these tokens, such as 0,1023,4095",
@@ -653,6 +671,7 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     ids: optional("--ids"),
     context: optional("--context"),
     positions: optional<PositionMode>("--positions") ?? "exact",
+    sparsity: optional<Pattern>("--sparsity") ?? { kind: "dense" },
     profile: get("--profile") !== 0,
     kernels: kernels(),
   };
@@ -695,8 +714,20 @@ function typedScore(
     window: optional("--window"),
     maxTokens: optional("--max-tokens"),
     tokenNll: get("--token-nll") !== 0,
+    compare: get("--compare") !== undefined,
     logits: optional<number[]>("--logits") ?? [],
   };
+  const { kind } = options.sparsity;
+  if (kind === "topk") {
+    throw new UsageError("`--sparsity topk` chooses blocks while decoding, and `score` does not decode", {
+      hint: "score with another pattern; docs/sparsity.md has what `topk` costs in quality",
+    });
+  }
+  if (options.compare && kind === "dense") {
+    throw new UsageError("`--compare dense` needs something to compare: add `--sparsity`", {
+      hint: `use ${PATTERN_GRAMMAR.replace("dense, ", "").replace(", topk:K", "")}`,
+    });
+  }
   if (files.length > 0 && options.ids !== undefined) {
     throw new UsageError("There are files and `--ids`: give one or the other");
   }

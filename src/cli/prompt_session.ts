@@ -3,6 +3,7 @@
  * behind the prefill; one that exists is only read: as much of it as the prompt begins with is restored, the rest of the
  * prompt is computed.
  */
+import { attentionOf, type Sparsity } from "../kvcache/sparsity.ts";
 import { requireWritable } from "../model/atomic_file.ts";
 import type { GPT2Config } from "../model/config.ts";
 import type { Prompt } from "../model/generation.ts";
@@ -27,6 +28,7 @@ export class PromptSession {
   readonly #path: string;
   readonly #model: string;
   readonly #positions: Positions;
+  readonly #attention: string;
   readonly #saved: Session | undefined;
   readonly #isQuiet: boolean;
   #restoredTokens = 0;
@@ -37,22 +39,35 @@ export class PromptSession {
     path: string,
     model: string,
     positions: Positions,
+    attention: string,
     saved: Session | undefined,
     isQuiet: boolean,
   ) {
     this.#path = path;
     this.#model = model;
     this.#positions = positions;
+    this.#attention = attention;
     this.#saved = saved;
     this.#isQuiet = isQuiet;
   }
 
-  /** @throws ModelError when the file is damaged, or belongs to another model, element type or mapping of positions */
+  /**
+   * @throws ModelError when the file is damaged, or belongs to another model, element type, mapping of positions or
+   * attention
+   */
   static async open(
     path: string,
-    run: { source: WeightSource; config: GPT2Config; elem: Elem; positions: Positions; isQuiet: boolean },
+    run: {
+      source: WeightSource;
+      config: GPT2Config;
+      elem: Elem;
+      positions: Positions;
+      sparsity: Sparsity;
+      isQuiet: boolean;
+    },
   ): Promise<PromptSession> {
-    const { source, config, elem, positions, isQuiet } = run;
+    const { source, config, elem, positions, sparsity, isQuiet } = run;
+    const attention = attentionOf(sparsity);
     const model = await fingerprint(source, config);
     const saved = await openSession(path);
     if (!saved) await requireWritable(path); // now, not after the prefill
@@ -60,6 +75,7 @@ export class PromptSession {
       saved?.check({
         model,
         positions: describePositions(positions, saved.tokens),
+        attention,
         elem,
         layers: config.nLayer,
         heads: config.nHead,
@@ -70,7 +86,7 @@ export class PromptSession {
       await saved?.close();
       throw error;
     }
-    return new PromptSession(path, model, positions, saved, isQuiet);
+    return new PromptSession(path, model, positions, attention, saved, isQuiet);
   }
 
   /** Restores what the session and the prompt have in common. */
@@ -118,6 +134,7 @@ export class PromptSession {
     const contents = {
       model: this.#model,
       positions: describePositions(this.#positions, ids.length),
+      attention: this.#attention,
       ids: Uint32Array.from(ids),
       logits,
       rows: model.cache,

@@ -1,5 +1,7 @@
 /** What every command reports of a run: times, memory, the profile. */
 import type { Choice } from "../kernels/index.ts";
+import { patternName } from "../kvcache/patterns.ts";
+import { sparsityDensity } from "../kvcache/sparsity.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Gpu } from "../runtime/device.ts";
 import type { KernelTime } from "../runtime/profiler.ts";
@@ -35,6 +37,23 @@ export function memoryReport(gpu: Gpu, model: Gpt2): Memory {
     activations_bytes: gpu.memory.bytes("activations"),
     bytes_per_token: model.plan.bytesPerToken,
     planned_bytes: model.plan.totalBytes,
+  };
+}
+
+/** What `--json` says of block-sparse attention. */
+export interface SparsityReport {
+  readonly pattern: string;
+  /** Kept blocks as a share of the causal ones, over the planned context; of `topk` for its last token. */
+  readonly density: number;
+}
+
+/** Undefined for dense attention. */
+export function sparsityReport({ sparsity, plan }: Gpt2): SparsityReport | undefined {
+  if (sparsity.pattern.kind === "dense") return undefined;
+  const { shape, sequenceBlocks } = plan.kv;
+  return {
+    pattern: patternName(sparsity.pattern),
+    density: sparsityDensity(sparsity, shape, sequenceBlocks),
   };
 }
 

@@ -1,12 +1,15 @@
 /** `score`: how well a model predicts texts. */
 import { stat } from "node:fs/promises";
 import process from "node:process";
+import type { Sparsity } from "../kvcache/sparsity.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { Positions } from "../model/positions.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import {
+  type ComparisonSum,
   type DocumentScore,
   meanNll,
+  type NllSum,
   perplexity,
   type PositionBucket,
   scoreDocument,
@@ -30,6 +33,7 @@ import {
   loadModel,
   modelFolder,
   openCommandDevice,
+  openSparsity,
 } from "./load.ts";
 import type { ScoreOptions } from "./options.ts";
 import {
@@ -41,7 +45,14 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import { formatProfile, type Memory, memoryReport, type Timings } from "./report.ts";
+import {
+  formatProfile,
+  type Memory,
+  memoryReport,
+  type SparsityReport,
+  sparsityReport,
+  type Timings,
+} from "./report.ts";
 
 interface BucketReport {
   /** Positions in the window, from and below. */
@@ -50,6 +61,17 @@ interface BucketReport {
   readonly scored: number;
   readonly nll_mean: number | null;
   readonly perplexity: number | null;
+  readonly compared?: ComparisonReport;
+}
+
+/** With `--compare`: what dense attention makes of the same tokens. */
+interface ComparisonReport {
+  readonly dense_nll_mean: number;
+  readonly dense_perplexity: number;
+  /** Mean Kullback-Leibler divergence from dense attention's predictions, in nats. */
+  readonly kl_mean: number;
+  /** Share of the tokens for which both find the same next token likeliest. */
+  readonly top1_agreement: number;
 }
 
 /** What `--json` prints for each document. */
@@ -62,7 +84,10 @@ interface ScoreReport {
   readonly window: number;
   readonly nll_mean: number | null;
   readonly perplexity: number | null;
+  readonly compared?: ComparisonReport;
   readonly by_position: readonly BucketReport[];
+  /** Absent for dense attention. */
+  readonly sparsity?: SparsityReport;
   /** Of each token in nats; null for the first of a window. */
   readonly token_nll?: readonly (number | null)[];
   readonly logits?: Readonly<Record<string, readonly number[]>>;
@@ -97,6 +122,7 @@ export async function runScore(options: ScoreOptions): Promise<number> {
   checkContext(config, options);
   checkWindow(config, options);
   requireText(options);
+  const sparsity = await openSparsity(options.sparsity);
   const opening = openCommandDevice(options);
   opening.catch(() => {});
   const tokenizer = options.ids === undefined ? await loadTokenizer(dir) : undefined;
@@ -109,7 +135,7 @@ export async function runScore(options: ScoreOptions): Promise<number> {
       const gpu = await opening;
       try {
         const documents = single ? [{ open: () => Promise.resolve(single) }] : sources;
-        return await scoreAll(gpu, source, config, documents, context, options);
+        return await scoreAll(gpu, source, config, documents, context, sparsity, options);
       } finally {
         gpu.destroy();
       }
@@ -212,6 +238,7 @@ async function scoreAll(
   config: GPT2Config,
   documents: readonly Pick<DocumentSource, "open">[],
   context: number,
+  sparsity: Sparsity,
   options: ScoreOptions,
 ): Promise<number> {
   const elem = chooseElem(options.dtype, gpu.caps);
@@ -219,7 +246,8 @@ async function scoreAll(
   const window = options.window ?? context;
   // A stretched table must be the same for all windows, the shorter ones too.
   const positions: Positions = choosePositions(config, options, Math.max(context, window));
-  const needs = { elem, context: Math.min(context, window), positions, scoring: true };
+  const comparing = options.compare;
+  const needs = { elem, context: Math.min(context, window), positions, sparsity, scoring: true, comparing };
   const loaded = await loadModel(gpu, source, config, needs, options, progress);
   const { controller, stop } = abortOnInterrupt(() => progress.clear());
   const output = options.json ? new JsonArray() : undefined;
@@ -285,6 +313,7 @@ async function scoreOne(
   const starting = performance.now();
   const score = await scoreDocument(model, upTo(document.tokens, maxTokens), {
     window,
+    compare: options.compare,
     signal,
     onProgress: (done) => {
       const estimate = document.estimate();
@@ -310,12 +339,14 @@ async function scoreOne(
   // The first token of each window has no likelihood; a last window of one token ends the list with it.
   while (options.tokenNll && nll.length < score.tokens) nll.push(null);
   const elapsedMs = performance.now() - starting;
+  const sparsity = sparsityReport(model);
   const report: ScoreReport = {
     file: document.name,
     window,
     ...scoreNumbers(score),
     ...(options.tokenNll ? { token_nll: nll } : {}),
     ...(wanted.size > 0 ? { logits } : {}),
+    ...(sparsity ? { sparsity } : {}),
     ...(profiler ? { profile: profiler.report().kernels } : {}),
     timings: {
       load_ms: loadMs,
@@ -351,20 +382,45 @@ function scoreNumbers(score: DocumentScore) {
     windows: score.windows,
     nll_mean: meanNll(score),
     perplexity: perplexity(score),
+    ...compared(score),
     by_position: score.buckets.map((bucket: PositionBucket): BucketReport => ({
       from: bucket.from,
       to: bucket.to,
       scored: bucket.scored,
       nll_mean: meanNll(bucket),
       perplexity: perplexity(bucket),
+      ...compared(bucket),
     })),
+  };
+}
+
+function compared(
+  { scored, comparison }: NllSum & { readonly comparison?: ComparisonSum | undefined },
+): { readonly compared?: ComparisonReport } {
+  if (!comparison || scored === 0) return {};
+  const mean = comparison.denseSum / scored;
+  return {
+    compared: {
+      dense_nll_mean: mean,
+      dense_perplexity: Math.exp(mean),
+      kl_mean: comparison.klSum / scored,
+      top1_agreement: comparison.agreeing / scored,
+    },
   };
 }
 
 function formatReport(
   report: Pick<
     ScoreReport,
-    "file" | "tokens" | "scored" | "windows" | "window" | "nll_mean" | "perplexity" | "by_position"
+    | "file"
+    | "tokens"
+    | "scored"
+    | "windows"
+    | "window"
+    | "nll_mean"
+    | "perplexity"
+    | "compared"
+    | "by_position"
   >,
 ): string {
   const { file, tokens, scored, windows, window } = report;
@@ -374,11 +430,22 @@ function formatReport(
       count(scored)
     } of ${count(tokens)} tokens scored ${of}`,
   ];
+  if (report.compared) {
+    const { dense_perplexity: dense, kl_mean: kl, top1_agreement: top1 } = report.compared;
+    lines.push(
+      `  dense attention: perplexity ${figure(dense)}; KL divergence from it ${kl.toFixed(4)} nats, ` +
+        `the same token likeliest for ${percent(top1)}`,
+    );
+  }
   if (report.by_position.length > 1) {
-    lines.push(`  ${"position".padStart(16)} ${"tokens".padStart(10)} ${"perplexity".padStart(12)}`);
-    for (const { from, to, scored: n, perplexity: p } of report.by_position) {
-      const range = `${short(from)} to ${short(to)}`;
-      lines.push(`  ${range.padStart(16)} ${count(n).padStart(10)} ${figure(p).padStart(12)}`);
+    const header = ["position", "tokens", "perplexity", ...(report.compared ? ["dense", "KL", "top-1"] : [])];
+    lines.push(tableRow(header));
+    for (const { from, to, scored: n, perplexity: p, compared: other } of report.by_position) {
+      const row = [`${short(from)} to ${short(to)}`, count(n), figure(p)];
+      if (other) {
+        row.push(figure(other.dense_perplexity), other.kl_mean.toFixed(4), percent(other.top1_agreement));
+      }
+      lines.push(tableRow(row));
     }
   }
   return lines.join("\n") + "\n";
@@ -392,6 +459,15 @@ function formatCost({ tokens, timings, memory }: ScoreReport): string {
 
 function count(n: number): string {
   return n.toLocaleString("en-US");
+}
+
+function tableRow(cells: readonly string[]): string {
+  const widths = [16, 10, 12, 12, 10, 8];
+  return `  ${cells.map((cell, i) => cell.padStart(widths[i]!)).join(" ")}`;
+}
+
+function percent(share: number): string {
+  return `${(100 * share).toFixed(1)} %`;
 }
 
 function figure(n: number | null): string {

@@ -7,9 +7,16 @@ import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, UsageError } from "../runtime/errors.ts";
 import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
 import type { Dispatcher } from "../runtime/pass.ts";
+import {
+  selectCandidates,
+  type SelectProblem,
+  summarizeCandidates,
+  type SummarizeProblem,
+} from "./block_selection/block_selection.ts";
+import { divergenceCandidates, type DivergenceProblem } from "./divergence/divergence.ts";
 import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
 import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
-import { splitKvCandidates, type SplitKvProblem } from "./flash_decode/flash_decode.ts";
+import { type DecodeBlocks, splitKvCandidates, type SplitKvProblem } from "./flash_decode/flash_decode.ts";
 import {
   gemvCandidates,
   layerNormGemv,
@@ -47,6 +54,8 @@ export interface KernelShape {
   readonly inner: number;
   /** Sequences that are decoded together. */
   readonly sequences: number;
+  /** Blocks of each sequence that block selection has to choose among; 0 where it is not used. */
+  readonly selectableBlocks: number;
   /** Constant trip counts in hot loops: true but for software adapters (`shared/trips.wgsl`). */
   readonly unroll: boolean;
 }
@@ -67,8 +76,13 @@ interface RoleProblems {
   readonly smallMatmulResidual: MatmulProblem;
   readonly kvAppend: KvAppendProblem;
   readonly attention: FlashAttentionProblem;
+  readonly sparseAttention: FlashAttentionProblem;
   readonly decodeQkv: LayerNormGemvProblem;
   readonly decodeAttention: SplitKvProblem;
+  readonly sparseDecodeAttention: SplitKvProblem;
+  readonly topkDecodeAttention: SplitKvProblem;
+  readonly summarizeBlocks: SummarizeProblem;
+  readonly selectBlocks: SelectProblem;
   readonly decodeProjection: MatmulProblem;
   readonly decodeHidden: LayerNormGemvProblem;
   readonly decodeOutput: MatmulProblem;
@@ -78,11 +92,15 @@ interface RoleProblems {
   readonly lmHeadOne: LmHeadProblem;
   readonly lmHeadMany: LmHeadProblem;
   readonly nll: NllProblem;
+  readonly divergence: DivergenceProblem;
 }
+
+/** Blocks that block selection has room for at least: one kernel serves all contexts up to 64K. */
+const LEAST_CAPACITY = 1024;
 
 /** For every role the kernels with their variants that could fill it, in order of preference. */
 export function candidates(shape: KernelShape): { readonly [R in Role]: readonly Op<RoleProblems[R]>[] } {
-  const { elem, width, heads, headDim4, inner, sequences, unroll } = shape;
+  const { elem, width, heads, headDim4, inner, sequences, selectableBlocks, unroll } = shape;
   const width4 = Math.ceil(width / 4);
   // What tensor-core kernels take.
   const isWide = [4 * width4, 4 * heads * headDim4, inner].every((columns) => columns % 32 === 0);
@@ -93,6 +111,9 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     gemvCandidates(layerNormGemv, { elem, epilogue, inner: 4 * width4, width }, { ...rows, mostLanes: 256 });
   const toStream = { elem, epilogue: "residual" } as const;
   const merging = { heads, headDim4, maxSplits: mostSplits(sequences) };
+  const splitKv = (blocks: DecodeBlocks) =>
+    splitKvCandidates(elem, heads, headDim4, unroll, merging.maxSplits, blocks);
+  const capacity = 2 ** Math.ceil(Math.log2(Math.max(LEAST_CAPACITY, selectableBlocks)));
   return {
     tokenRows: [op(tokenRows, { elem, width4 })],
     positionRows: [op(positionRows, { elem, width4 })],
@@ -106,8 +127,13 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     smallMatmulResidual: smallMatmulCandidates(elem, "residual", unroll),
     kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
     attention: attentionCandidates(elem, heads, headDim4, unroll),
+    sparseAttention: attentionCandidates(elem, heads, headDim4, unroll, "lists"),
     decodeQkv: fromStream("bias"),
-    decodeAttention: splitKvCandidates(elem, heads, headDim4, unroll, merging.maxSplits),
+    decodeAttention: splitKv("all"),
+    sparseDecodeAttention: splitKv("listed"),
+    topkDecodeAttention: splitKv("selected"),
+    summarizeBlocks: summarizeCandidates(elem, headDim4, unroll),
+    selectBlocks: selectCandidates(elem, heads, headDim4, capacity, unroll),
     decodeProjection: gemvCandidates(
       mergeGemv,
       { ...toStream, inner: 4 * heads * headDim4, ...merging },
@@ -121,6 +147,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     lmHeadOne: oneRowCandidates(elem),
     lmHeadMany: manyRowsCandidates(elem, unroll),
     nll: nllCandidates(unroll),
+    divergence: divergenceCandidates(unroll),
   };
 }
 
@@ -227,6 +254,8 @@ export interface KvBuffers {
   readonly range: HeadRange;
   readonly k: GpuBuffer;
   readonly v: GpuBuffer;
+  /** `[heads, blocks, 2, headDim]`, where blocks are selected. */
+  readonly summaries?: GpuBuffer;
 }
 
 /** Keys and values of one layer; whoever owns the cache provides it and says where blocks are (`kvcache/cache.ts`). */
@@ -235,11 +264,15 @@ export interface KvView {
   /** `[blocks]` u32 */
   readonly table: GpuBuffer;
   readonly blocks: number;
+  /** Block lists of its heads (`kvcache/block_lists.ts`); undefined where every block is attended to. */
+  readonly lists: GpuBuffer | undefined;
 }
 
 /** The same with the tables of several sequences, `[sequences, tableBlocks]`. */
 export interface BatchKvView extends KvView {
   readonly tableBlocks: number;
+  /** `[sequences, heads, 1 + tableBlocks]` u32, where blocks are selected. */
+  readonly selected: GpuBuffer | undefined;
 }
 
 /** Rows of a table too large for one binding, in several buffers of whole rows. */
@@ -300,9 +333,13 @@ export function matmulRole(epilogue: Epilogue, rows: number) {
   return rows <= SMALL_TILE_ROWS ? small : large;
 }
 
+/** Which blocks attention walks over in prefill and in decoding. */
+export type AttentionKind = "dense" | "lists" | "topk";
+
 /** Roles of running chunks of a prompt through the layers. */
-export function prefillRoles(chunks: Iterable<number>): Role[] {
-  const roles = new Set<Role>(["tokenRows", "positionRows", "layerNorm", "kvAppend", "attention"]);
+export function prefillRoles(chunks: Iterable<number>, kind: AttentionKind): Role[] {
+  const attention = kind === "lists" ? "sparseAttention" : "attention";
+  const roles = new Set<Role>(["tokenRows", "positionRows", "layerNorm", "kvAppend", attention]);
   for (const rows of chunks) {
     for (const epilogue of Object.keys(EPILOGUES) as Epilogue[]) roles.add(matmulRole(epilogue, rows));
   }
@@ -314,16 +351,16 @@ export function headRoles(rows: number): Role[] {
   return ["finalNorm", rows === 1 ? "lmHeadOne" : "lmHeadMany"];
 }
 
+const DECODE_ATTENTION = {
+  dense: ["decodeAttention"],
+  lists: ["sparseDecodeAttention"],
+  topk: ["summarizeBlocks", "selectBlocks", "topkDecodeAttention"],
+} as const satisfies Record<AttentionKind, readonly Role[]>;
+
 /** Roles of a step of decoding, without those that draw the next token. */
-export function decodeRoles(sequences: number): Role[] {
-  const layers = [
-    "decodeQkv",
-    "decodeAttention",
-    "decodeProjection",
-    "decodeHidden",
-    "decodeOutput",
-  ] as const;
-  return ["tokenRows", "positionRows", ...layers, ...headRoles(sequences)];
+export function decodeRoles(sequences: number, kind: AttentionKind): Role[] {
+  const products = ["decodeQkv", "decodeProjection", "decodeHidden", "decodeOutput"] as const;
+  return ["tokenRows", "positionRows", ...products, ...DECODE_ATTENTION[kind], ...headRoles(sequences)];
 }
 
 /** The kernels of one model on one device: chosen when made, compiled when they are wanted, called by the graph. */
@@ -391,7 +428,7 @@ export class ModelKernels {
     }
   }
 
-  /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own. */
+  /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own, as far as its lists go. */
   attention(
     r: Dispatcher,
     qkv: GpuBuffer,
@@ -399,9 +436,12 @@ export class ModelKernels {
     out: GpuBuffer,
     p: { qLen: number; firstPosition: number; scale: number },
   ): void {
-    const { blocks, table } = kv;
+    const { blocks, table, lists } = kv;
     for (const { range, k, v } of kv.parts) {
-      this.#run(r, "attention", { ...p, blocks, range }, { qkv, k, v, block_table: table, out });
+      const buffers = { qkv, k, v, block_table: table, out };
+      const problem = { ...p, blocks, range };
+      if (lists) this.#run(r, "sparseAttention", problem, { ...buffers, block_lists: lists });
+      else this.#run(r, "attention", problem, buffers);
     }
   }
 
@@ -427,9 +467,40 @@ export class ModelKernels {
     this.#run(r, "decodeOutput", { rows, inner, columns }, { x: hidden, w, bias, out: x });
   }
 
+  /** Summaries of a sequence's first `count` blocks, which are complete, for `selectBlocks`. */
+  summarizeBlocks(r: Dispatcher, kv: BatchKvView, p: { sequence: number; count: number }): void {
+    const { blocks, tableBlocks, table } = kv;
+    for (const { range, k, summaries } of kv.parts) {
+      if (!summaries) throw new Error("The cache has no summaries");
+      const problem = { ...p, firstBlock: 0, blocks, tableBlocks, range };
+      this.#run(r, "summarizeBlocks", problem, { k, block_table: table, summaries });
+    }
+  }
+
+  /** Chooses the blocks that each sequence's query attends to, from `qkv` and the summaries of the blocks before. */
+  selectBlocks(
+    r: Dispatcher,
+    { qkv, sequences }: Pick<DecodeBuffers, "qkv" | "sequences">,
+    kv: BatchKvView,
+    p: { sequences: number; keep: number; leastBlocks: number },
+  ): void {
+    const { blocks, tableBlocks, table, selected } = kv;
+    for (const { range, k, summaries } of kv.parts) {
+      if (!summaries || !selected) throw new Error("The cache has no summaries");
+      this.#run(r, "selectBlocks", { ...p, blocks, tableBlocks, range }, {
+        qkv,
+        k,
+        block_table: table,
+        sequences,
+        summaries,
+        selected,
+      });
+    }
+  }
+
   /**
-   * Appends a key and a value to each sequence, and attends from its one query to all of them, in slices that
-   * `mergedGemv` puts together.
+   * Appends a key and a value to each sequence, and attends from its one query to them, as far as lists or the selection
+   * go, in slices that `mergedGemv` puts together.
    */
   decodeAttention(
     r: Dispatcher,
@@ -438,9 +509,10 @@ export class ModelKernels {
     p: { sequences: number; scale: number },
   ): void {
     const { qkv, sequences, partialOut, partialMl } = buffers;
-    const { blocks, tableBlocks, table } = kv;
+    const { blocks, tableBlocks, table, lists, selected } = kv;
     for (const { range, k, v } of kv.parts) {
-      this.#run(r, "decodeAttention", { ...p, blocks, tableBlocks, range }, {
+      const problem = { ...p, blocks, tableBlocks, range };
+      const buffers = {
         qkv,
         k,
         v,
@@ -448,18 +520,20 @@ export class ModelKernels {
         sequences,
         partial_out: partialOut,
         partial_ml: partialMl,
-      });
+      };
+      if (lists) this.#run(r, "sparseDecodeAttention", problem, { ...buffers, block_lists: lists });
+      else if (selected) this.#run(r, "topkDecodeAttention", problem, { ...buffers, selected });
+      else this.#run(r, "decodeAttention", problem, buffers);
     }
   }
 
   /** `x[rows, width] += attention · w + bias`, of the slices that `decodeAttention` left. */
   mergedGemv(r: Dispatcher, buffers: DecodeBuffers, layer: Linear, x: GpuBuffer, rows: number): void {
     const { w, bias, inner, columns } = layer;
-    const { sequences, partialOut, partialMl } = buffers;
+    const { partialOut, partialMl } = buffers;
     this.#run(r, "decodeProjection", { rows, inner, columns }, {
       partial_out: partialOut,
       partial_ml: partialMl,
-      sequences,
       w,
       bias,
       out: x,
@@ -510,6 +584,18 @@ export class ModelKernels {
     p: { rows: number; vocab: number; firstRow: number },
   ): void {
     this.#run(r, "nll", p, { logits, targets, nll });
+  }
+
+  /**
+   * How far the rows of `other` are from those of `logits`, and the likelihoods of the targets in both, from
+   * `results[firstRow]` on.
+   */
+  divergence(
+    r: Dispatcher,
+    buffers: Readonly<Record<"logits" | "other" | "targets" | "results", GpuBuffer>>,
+    p: { rows: number; vocab: number; firstRow: number },
+  ): void {
+    this.#run(r, "divergence", p, buffers);
   }
 
   #run<R extends Role>(

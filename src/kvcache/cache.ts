@@ -10,6 +10,9 @@
  * memory. Rows at `length` and beyond are undefined. Several sequences share the pool of blocks, each with a table and a
  * length of its own; methods are about the first unless they are given another.
  *
+ * Beside keys and values lies what block-sparse attention needs: block lists (`block_lists.ts`) or, for `topk`, a summary of
+ * every block of keys, `[heads, blocks, 2, headDim]`, and the blocks that a step of decoding chooses in a layer.
+ *
  * Bytes and element counts here pass 2³² (gpt2-xl at 64K has 20 GB of keys and values): they are JavaScript numbers,
  * exact up to 2⁵³. What a shader computes stays below: it counts vectors within one binding.
  */
@@ -19,14 +22,18 @@ import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.t
 import type { Gpu } from "../runtime/device.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { UploadRing } from "../runtime/upload_ring.ts";
+import { packLists } from "./block_lists.ts";
 import {
   headBytes,
   headRowBytes,
   type KvBufferSpec,
   type KvLayout,
+  listSpecs,
   partSpecs,
+  selectedSpecs,
   tableSpecs,
 } from "./layout.ts";
+import { layerLists, type Sparsity } from "./sparsity.ts";
 
 /** Bytes read back at a time. */
 const SLICE_BYTES = 4 << 20;
@@ -47,6 +54,10 @@ export class KvCache {
   readonly #tables: readonly GpuBuffer[];
   /** Keys and values of each layer. */
   readonly #layers: readonly (readonly KvBuffers[])[];
+  /** Block lists of each layer, which layers may share; none without. */
+  readonly #lists: readonly GpuBuffer[];
+  /** With `topk`. */
+  readonly #selected: GpuBuffer | undefined;
   readonly #lengths: number[];
   /** While `write` is under way. */
   #uploads: UploadRing | undefined;
@@ -55,23 +66,31 @@ export class KvCache {
     gpu: Gpu,
     layout: KvLayout,
     order: Uint32Array,
-    parts: { tables: readonly GpuBuffer[]; layers: readonly (readonly KvBuffers[])[] },
+    parts: {
+      tables: readonly GpuBuffer[];
+      layers: readonly (readonly KvBuffers[])[];
+      lists: readonly GpuBuffer[];
+      selected: GpuBuffer | undefined;
+    },
   ) {
     this.#gpu = gpu;
     this.#layout = layout;
     this.#order = order;
     this.#tables = parts.tables;
     this.#layers = parts.layers;
+    this.#lists = parts.lists;
+    this.#selected = parts.selected;
     this.#lengths = new Array(layout.sequences).fill(0);
   }
 
   /**
    * Allocates a cache.
    * @param order the block tables of all sequences, a permutation of all blocks; in order when left out
-   * @throws DoesNotFitError when the device has no memory for it, or cannot bind one head
+   * @throws DoesNotFitError when the device has no memory for it, or cannot bind one head; InputError when a block mask has
+   * too few rows
    */
   static async create(gpu: Gpu, layout: KvLayout, order?: Uint32Array): Promise<KvCache> {
-    const { shape, blocks, sequenceBlocks, ranges } = layout;
+    const { shape, blocks, sequenceBlocks, ranges, sparsity } = layout;
     const table = order ?? Uint32Array.from({ length: blocks }, (_, block) => block);
     const created: GpuBuffer[] = [];
     const buffer = async ({ label, bytes }: KvBufferSpec) => {
@@ -90,12 +109,29 @@ export class KvCache {
       for (let i = 0; i < shape.layers; i++) {
         const parts: KvBuffers[] = [];
         for (const range of ranges) {
-          const { k, v } = partSpecs(layout, i, range);
-          parts.push({ range, k: await buffer(k), v: await buffer(v) });
+          const { k, v, summaries } = partSpecs(layout, i, range);
+          parts.push({
+            range,
+            k: await buffer(k),
+            v: await buffer(v),
+            ...(summaries ? { summaries: await buffer(summaries) } : {}),
+          });
         }
         layers.push(parts);
       }
-      return new KvCache(gpu, layout, table, { tables, layers });
+      const lists: GpuBuffer[] = [];
+      for (const { layers: own, ...spec } of listSpecs(layout)) {
+        const made = await buffer(spec);
+        upload(made, packLists(layerLists(sparsity, own[0]!, shape.heads, sequenceBlocks)));
+        for (const layer of own) lists[layer] = made;
+      }
+      const [selected] = selectedSpecs(layout);
+      return new KvCache(gpu, layout, table, {
+        tables,
+        layers,
+        lists,
+        selected: selected && await buffer(selected),
+      });
     } catch (error) {
       for (const made of created) made.destroy();
       throw error;
@@ -139,17 +175,28 @@ export class KvCache {
     return this.#layout.shape.elem;
   }
 
+  get sparsity(): Sparsity {
+    return this.#layout.sparsity;
+  }
+
   /** A layer as one sequence sees it. */
   layer(i: number, sequence = 0): KvView {
     this.lengthOf(sequence); // or there is no such sequence
     const table = this.#tables[this.sequences === 1 ? 0 : 1 + sequence]!;
-    return { parts: this.#parts(i), table, blocks: this.#layout.blocks };
+    return { parts: this.#parts(i), table, blocks: this.#layout.blocks, lists: this.#lists[i] };
   }
 
   /** A layer with the tables of all sequences, one after another. */
   layerOfAll(i: number): BatchKvView {
     const { blocks, sequenceBlocks } = this.#layout;
-    return { parts: this.#parts(i), table: this.#tables[0]!, blocks, tableBlocks: sequenceBlocks };
+    return {
+      parts: this.#parts(i),
+      table: this.#tables[0]!,
+      blocks,
+      tableBlocks: sequenceBlocks,
+      lists: this.#lists[i],
+      selected: this.#selected,
+    };
   }
 
   #parts(i: number): readonly KvBuffers[] {
@@ -227,10 +274,13 @@ export class KvCache {
   destroy(): void {
     this.#uploads?.destroy();
     for (const table of this.#tables) table.destroy();
+    for (const lists of new Set(this.#lists)) lists.destroy();
+    this.#selected?.destroy();
     for (const parts of this.#layers) {
-      for (const { k, v } of parts) {
+      for (const { k, v, summaries } of parts) {
         k.destroy();
         v.destroy();
+        summaries?.destroy();
       }
     }
   }

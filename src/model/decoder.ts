@@ -64,6 +64,8 @@ export interface DecoderParts {
   readonly readbacks: readonly Readback[];
   /** A step of all sequences, from `nextTokens` to `logits`. */
   readonly step: DispatchList;
+  /** Makes what the step needs to know of a sequence's blocks when it begins. */
+  readonly summarize: (r: Recorder, sequence: number) => void;
 }
 
 /** Work on the GPU whose results have not been read: steps one after another, or the draw behind a prefill. */
@@ -145,7 +147,10 @@ export class Decoder {
     if (logits) upload(this.#parts.logits, logits);
     this.#turns[sequence]!++;
     this.#isRunning[sequence] = true;
-    this.#submit(1, [sequence], false, (r, slot) => r.replay(this.#drawList(slot, sequence, 1)));
+    this.#submit(1, [sequence], false, (r, slot) => {
+      this.#parts.summarize(r, sequence);
+      r.replay(this.#drawList(slot, sequence, 1));
+    });
   }
 
   /**

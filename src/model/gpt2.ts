@@ -2,8 +2,10 @@
  * The GPT-2 graph (Radford et al. 2019) on the GPU: what is computed, in which order, into which buffer. The same
  * graph in plain loops is in `reference.ts`.
  */
+import { DIVERGENCE_BYTES, type Divergences, unpackDivergence } from "../kernels/divergence/divergence.ts";
 import { packToken, TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
 import {
+  type AttentionKind,
   decodeRoles,
   type ForcedKernels,
   headRoles,
@@ -11,8 +13,10 @@ import {
   prefillRoles,
   type Role,
 } from "../kernels/index.ts";
-import { packSequence } from "../kernels/shared/shared.ts";
+import { KV_BLOCK, packSequence } from "../kernels/shared/shared.ts";
 import { KvCache } from "../kvcache/cache.ts";
+import { checkMask } from "../kvcache/patterns.ts";
+import { DENSE, hasLists, keptByTopk, type Sparsity, TOPK_LEAST_BLOCKS } from "../kvcache/sparsity.ts";
 import { allocate, type GpuBuffer, OutOfMemoryError, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, InputError } from "../runtime/errors.ts";
@@ -25,11 +29,13 @@ import { Decoder, type DecoderOptions, type DecodingBuffers, drawRoles, packPosi
 import {
   type ActivationName,
   checkFits,
+  type ComparisonName,
   contextHint,
   decodeParametersBytes,
   type DecodingPlan,
   kernelShape,
   type MemoryPlan,
+  paddedSizes,
   planMemory,
   type PlannedBuffer,
   stepResultBytes,
@@ -47,8 +53,12 @@ export interface Gpt2Options {
   readonly elem: Elem;
   /** Row of `wpe` by position; `exact` when left out. */
   readonly positions?: Positions;
+  /** What is attended to; every key when left out. */
+  readonly sparsity?: Sparsity;
   /** Also allocate what `onNll` and `onLogits` need. */
   readonly scoring?: boolean;
+  /** Also allocate what `onDivergence` needs; goes with `scoring`, and not with `decoding`. */
+  readonly comparing?: boolean;
   /** Also allocate what `decoder` and `decodeStep` need. */
   readonly decoding?: DecodingPlan | undefined;
   /** What will probably run, to be compiled while the weights load; the rest is compiled when it is first wanted. */
@@ -81,6 +91,12 @@ export interface PrefillOptions {
    * is that of token `first + i` of this call. Needs `scoring`.
    */
   readonly onNll?: (first: number, nll: Float32Array) => void;
+  /**
+   * Receives how far from dense attention each token but the first is predicted, in order like `onNll`: the rows are those
+   * after the token before. The tokens run with both kinds of attention, in the first two sequences of the cache, which
+   * must hold equally many tokens. Needs `comparing`.
+   */
+  readonly onDivergence?: (first: number, divergences: Divergences) => void;
   /** Receives the logits `[vocab]` after the tokens that `wantsLogits` accepts, in order. Needs `scoring`. */
   readonly onLogits?: (token: number, logits: Float32Array) => void;
   /** All tokens when left out. */
@@ -90,16 +106,20 @@ export interface PrefillOptions {
 }
 
 type Activations = Readonly<Record<ActivationName, GpuBuffer>>;
+type Comparison = Readonly<Record<ComparisonName, GpuBuffer>>;
 
 interface Parts {
   readonly plan: MemoryPlan;
   readonly kernels: ModelKernels;
   readonly cache: KvCache;
   readonly activations: Activations;
+  readonly comparison: Comparison | undefined;
   readonly decoding: DecodingParts | undefined;
   readonly logitsReadback: Readback;
   /** With `scoring`, of two chunks' likelihoods. */
   readonly nllReadbacks: readonly Readback[];
+  /** With `comparing`, of two chunks' divergences. */
+  readonly divergenceReadbacks: readonly Readback[];
   readonly weights: Gpt2Weights;
 }
 
@@ -127,13 +147,16 @@ export class Gpt2 {
   readonly #logitsReadback: Readback;
   /** Two: one chunk's likelihoods are read while the next chunk's are computed. None without `scoring`. */
   readonly #nllReadbacks: readonly Readback[];
+  /** Two like those; none without `comparing`. */
+  readonly #divergenceReadbacks: readonly Readback[];
+  readonly #comparison: Comparison | undefined;
   readonly #decoding: DecodingParts | undefined;
   readonly #profiler: Profiler | undefined;
   /** A step of decoding, made when it is first wanted. */
   #decodeList: DispatchList | undefined;
 
   private constructor(gpu: Gpu, config: GPT2Config, options: Gpt2Options, parts: Parts) {
-    const { plan, kernels, cache, activations, decoding, weights } = parts;
+    const { plan, kernels, cache, activations, comparison, decoding, weights } = parts;
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
@@ -143,10 +166,12 @@ export class Gpt2 {
     this.#kernels = kernels;
     this.#cache = cache;
     this.#activations = activations;
+    this.#comparison = comparison;
     this.#decoding = decoding;
     this.#weights = weights;
     this.#logitsReadback = parts.logitsReadback;
     this.#nllReadbacks = parts.nllReadbacks;
+    this.#divergenceReadbacks = parts.divergenceReadbacks;
   }
 
   /**
@@ -154,9 +179,11 @@ export class Gpt2 {
    * @throws UsageError when `kernels` names what there is not
    * @throws DoesNotFitError with the largest context that fits: before anything is allocated when the plan exceeds what
    * the device says of itself, otherwise when an allocation fails
+   * @throws InputError when a block mask does not fit the model or the context
    */
   static async load(gpu: Gpu, source: WeightSource, config: GPT2Config, options: Gpt2Options): Promise<Gpt2> {
-    const { elem, onLoad } = options;
+    const { elem, onLoad, sparsity = DENSE } = options;
+    if ("mask" in sparsity) checkMask(sparsity.mask, config.nLayer, config.nHead);
     const checkpoint = resolveCheckpoint(source, config);
     const planOptions = { ...options, untiedHead: !checkpoint.tiedLmHead };
     const plan = planMemory(config, planOptions, gpu.caps);
@@ -164,7 +191,10 @@ export class Gpt2 {
     const { decoding } = options;
     const kernels = new ModelKernels(
       gpu,
-      kernelShape(config, elem, gpu.caps, decoding?.sequences),
+      kernelShape(config, elem, gpu.caps, {
+        sequences: decoding?.sequences ?? 1,
+        selectableBlocks: attentionKind(sparsity) === "topk" ? plan.kv.sequenceBlocks : 0,
+      }),
       options.kernels,
     );
     const compiled = kernels.prepare(expectedRoles(options, plan));
@@ -183,6 +213,7 @@ export class Gpt2 {
         return buffers;
       };
       const activations = await allocateAll(plan.activations);
+      const comparison = plan.comparison && await allocateAll(plan.comparison);
       const decodingBuffers = plan.decoding && await allocateAll(plan.decoding);
       const readbacks = (count: number, label: string, bytes: number) =>
         Array.from({ length: count }, () => {
@@ -196,6 +227,11 @@ export class Gpt2 {
         "negative log-likelihoods",
         4 * plan.chunkTokens,
       );
+      const divergenceReadbacks = readbacks(
+        options.comparing ? 2 : 0,
+        "divergences",
+        DIVERGENCE_BYTES * plan.chunkTokens,
+      );
       let decodingParts: DecodingParts | undefined;
       if (decoding && decodingBuffers) {
         const positions = options.positions ?? exactPositions(config.nPositions);
@@ -204,7 +240,7 @@ export class Gpt2 {
         decodingParts = {
           plan: decoding,
           buffers: decodingBuffers,
-          parameters: createParameters(gpu, decodeParametersBytes(config)),
+          parameters: createParameters(gpu, decodeParametersBytes(config, sparsity)),
           readbacks: readbacks(
             decoding.inFlight,
             "drawn tokens",
@@ -221,9 +257,11 @@ export class Gpt2 {
         kernels,
         cache,
         activations,
+        comparison,
         decoding: decodingParts,
         logitsReadback,
         nllReadbacks,
+        divergenceReadbacks,
         weights,
       });
     } catch (error) {
@@ -251,6 +289,11 @@ export class Gpt2 {
   /** What was allocated, and why. */
   get plan(): MemoryPlan {
     return this.#plan;
+  }
+
+  /** What is attended to. */
+  get sparsity(): Sparsity {
+    return this.#cache.sparsity;
   }
 
   /** The cache, to save its contents. */
@@ -287,21 +330,27 @@ export class Gpt2 {
     options: PrefillOptions = {},
   ): Promise<Float32Array> {
     const source = "take" in tokens ? tokens : tokensOf(tokens);
-    const { sequence = 0 } = options;
+    const isCompared = options.onDivergence !== undefined;
+    const sequence = isCompared ? SPARSE_SEQUENCE : options.sequence ?? 0;
     const { chunkTokens: most } = this.#plan;
     const chunkTokens = Math.min(options.chunkTokens ?? most, most);
-    const scores = options.onNll || options.onLogits
-      ? new PrefillScores(this.#nllReadbacks, options)
+    const scores = options.onNll || options.onLogits || isCompared
+      ? new PrefillScores(this.#nllReadbacks, this.#divergenceReadbacks, options)
       : undefined;
+    const kind = attentionKind(this.sparsity);
     let chunk = await takeUnlessAborted(source, chunkTokens, options.signal);
     if (chunk.length === 0) throw new InputError("There are no tokens to run");
     let done = 0;
     let submitted: Promise<void> | undefined;
     for (;;) {
       options.signal?.throwIfAborted();
-      await this.#kernels.prepare(prefillRoles([chunk.length]));
+      await this.#kernels.prepare(prefillRoles([chunk.length], kind));
       this.#upload(chunk, sequence);
       const r = this.#recorder("prefill", options.tap);
+      if (isCompared) {
+        await this.#kernels.prepare(prefillRoles([chunk.length], "dense"));
+        this.#recordDense(r, chunk.length);
+      }
       this.#recordLayers(r, chunk.length, sequence);
       r.submit();
       await this.#profiler?.collect();
@@ -343,6 +392,7 @@ export class Gpt2 {
     upload(buffers.sequences, packSequence({ length, step: 0, seed: 0 }));
     const step = await this.decodeStepList();
     const r = this.#recorder("decode");
+    this.summarizeBlocks(r, 0);
     r.replay(step);
     this.#copyLogits(r);
     r.submit();
@@ -370,13 +420,26 @@ export class Gpt2 {
       profiler: this.#profiler,
       logits: this.#activations.logits,
       step: await this.decodeStepList(),
+      summarize: (r, sequence) => this.summarizeBlocks(r, sequence),
     }, options);
+  }
+
+  /**
+   * Where blocks are chosen by their summaries, makes those of all that a sequence has completed: decoding keeps them up
+   * from there.
+   */
+  summarizeBlocks(r: Dispatcher, sequence: number): void {
+    const count = Math.floor(this.#cache.lengthOf(sequence) / KV_BLOCK);
+    if (attentionKind(this.sparsity) !== "topk" || count === 0) return;
+    for (let i = 0; i < this.#cache.layers; i++) {
+      this.#kernels.summarizeBlocks(r, this.#cache.layerOfAll(i), { sequence, count });
+    }
   }
 
   destroy(): void {
     this.#logitsReadback.destroy();
-    for (const readback of this.#nllReadbacks) readback.destroy();
-    for (const buffer of Object.values(this.#activations)) buffer.destroy();
+    for (const readback of [...this.#nllReadbacks, ...this.#divergenceReadbacks]) readback.destroy();
+    for (const buffer of Object.values({ ...this.#activations, ...this.#comparison })) buffer.destroy();
     for (const buffer of Object.values(this.#decoding?.buffers ?? {})) buffer.destroy();
     this.#decoding?.parameters.destroy();
     for (const readback of this.#decoding?.readbacks ?? []) readback.destroy();
@@ -411,8 +474,21 @@ export class Gpt2 {
     throw new InputError(`Token ${position} is ${id}, the model's ids go from 0 to ${vocabSize - 1}`);
   }
 
+  /** The uploaded tokens with dense attention, in a sequence of their own: leaves the residual stream in `otherX`. */
+  #recordDense(r: Recorder, tokens: number): void {
+    const { otherX } = this.#requireComparison();
+    const { x } = this.#activations;
+    this.#recordLayers(r, tokens, DENSE_SEQUENCE, true);
+    r.copy(x, 0, otherX, 0, 4 * tokens * paddedSizes(this.config).width);
+  }
+
+  #requireComparison(): Comparison {
+    if (!this.#comparison) throw new Error("`onDivergence` needs a model that was loaded with `comparing`");
+    return this.#comparison;
+  }
+
   /** The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`. */
-  #recordLayers(r: Recorder, tokens: number, sequence: number): void {
+  #recordLayers(r: Recorder, tokens: number, sequence: number, isDense = false): void {
     const { x, normed, qkv, attended, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
     const kernels = this.#kernels;
@@ -422,7 +498,8 @@ export class Gpt2 {
     kernels.embed(r, this.#activations.tokens, wte, wpe, x, tokens);
     r.tap("embedding", x);
     for (const [i, block] of blocks.entries()) {
-      const kv = this.#cache.layer(i, sequence);
+      const cached = this.#cache.layer(i, sequence);
+      const kv = isDense ? { ...cached, lists: undefined } : cached;
       kernels.layerNorm(r, x, block.ln_1, normed, tokens);
       kernels.matmul(r, normed, block.c_attn, qkv, tokens, "bias");
       kernels.appendKv(r, qkv, kv, { tokens, firstPosition });
@@ -443,8 +520,8 @@ export class Gpt2 {
   }
 
   /**
-   * The same for one token of each sequence, from `nextTokens` to the logits: five dispatches a layer. What changes from
-   * step to step is in GPU memory, so the list is the same for all of them. Needs `decoding`.
+   * The same for one token of each sequence, from `nextTokens` to the logits: five dispatches a layer, six where blocks
+   * are chosen. What changes from step to step is in GPU memory, so the list is the same for all of them. Needs `decoding`.
    */
   async decodeStepList(): Promise<DispatchList> {
     if (this.#decodeList) return this.#decodeList;
@@ -452,16 +529,19 @@ export class Gpt2 {
     const { x, qkv, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
     const kernels = this.#kernels;
-    await kernels.prepare(decodeRoles(sequences));
+    const { pattern } = this.sparsity;
+    await kernels.prepare(decodeRoles(sequences, attentionKind(this.sparsity)));
     const list = new DispatchList(this.#gpu, parameters);
     kernels.embed(list, buffers.nextTokens, wte, wpe, x, sequences);
     for (const [i, block] of blocks.entries()) {
       const attention = { qkv, ...buffers };
       kernels.normedGemv(list, x, block.ln_1, block.c_attn, qkv, sequences, "bias");
-      kernels.decodeAttention(list, attention, this.#cache.layerOfAll(i), {
-        sequences,
-        scale: this.#scale(i),
-      });
+      const kv = this.#cache.layerOfAll(i);
+      if (pattern.kind === "topk") {
+        const keep = keptByTopk(pattern);
+        kernels.selectBlocks(list, attention, kv, { sequences, keep, leastBlocks: TOPK_LEAST_BLOCKS });
+      }
+      kernels.decodeAttention(list, attention, kv, { sequences, scale: this.#scale(i) });
       kernels.mergedGemv(list, attention, block.c_proj, x, sequences);
       kernels.normedGemv(list, x, block.ln_2, block.c_fc, hidden, sequences, "bias_gelu");
       kernels.outputGemv(list, hidden, block.mlp_c_proj, x, sequences);
@@ -495,19 +575,34 @@ export class Gpt2 {
     const { x, final, logits, targets, nll } = this.#activations;
     const { ln_f, lm_head } = this.#weights;
     const kernels = this.#kernels;
+    const comparison = scores.wantsDivergence ? this.#requireComparison() : undefined;
     // The last token's successor is the next chunk's first, or there is none to be surprised by.
     const following = Uint32Array.from(chunk, (_, t) => chunk[t + 1] ?? next ?? 0);
     const scored = next === undefined ? chunk.length - 1 : chunk.length;
     upload(targets, following);
-    await kernels.prepare([...headRoles(1), ...headRoles(this.#plan.logitRows), "nll"]);
+    await kernels.prepare([
+      ...headRoles(1),
+      ...headRoles(this.#plan.logitRows),
+      "nll",
+      ...(comparison ? ["divergence"] as const : []),
+    ]);
     let r = this.#recorder("score");
     for (let row = 0; row < chunk.length; row += this.#plan.logitRows) {
       const rows = Math.min(this.#plan.logitRows, chunk.length - row);
       const wanted = scores.wantedRows(first + row, rows);
-      if (!scores.wantsNll && wanted.length === 0) continue;
+      if (!scores.wantsNll && !comparison && wanted.length === 0) continue;
+      if (comparison) {
+        kernels.finalNorm(r, comparison.otherX, ln_f, final, row, rows);
+        kernels.lmHead(r, final, lm_head, comparison.otherLogits, { rows, vocab });
+      }
       kernels.finalNorm(r, x, ln_f, final, row, rows);
       kernels.lmHead(r, final, lm_head, logits, { rows, vocab });
       if (scores.wantsNll) kernels.nll(r, logits, targets, nll, { rows, vocab, firstRow: row });
+      if (comparison) {
+        const { otherLogits, divergences: results } = comparison;
+        const compared = { logits: otherLogits, other: logits, targets, results };
+        kernels.divergence(r, compared, { rows, vocab, firstRow: row });
+      }
       for (const one of wanted) {
         r.copy(logits, 4 * one * vocab, this.#logitsReadback, 0, 4 * vocab);
         r.submit();
@@ -516,8 +611,13 @@ export class Gpt2 {
         r = this.#recorder("score");
       }
     }
-    const readback = scores.wantsNll && scored > 0 ? scores.nextReadback(first + 1, scored) : undefined;
-    if (readback) r.copy(nll, 0, readback, 0, 4 * scored);
+    if (scored > 0) {
+      const readbacks = scores.nextReadbacks(first + 1, scored);
+      if (readbacks.nll) r.copy(nll, 0, readbacks.nll, 0, 4 * scored);
+      if (readbacks.divergences && comparison) {
+        r.copy(comparison.divergences, 0, readbacks.divergences, 0, DIVERGENCE_BYTES * scored);
+      }
+    }
     r.submit();
     await this.#profiler?.collect();
     await scores.readEarlier();
@@ -528,16 +628,31 @@ export class Gpt2 {
   }
 }
 
+/** Where tokens run that are compared with dense attention, and where they do with it. */
+const SPARSE_SEQUENCE = 0;
+const DENSE_SEQUENCE = 1;
+
+/** What a run's attention walks over. */
+function attentionKind(sparsity: Sparsity): AttentionKind {
+  if (hasLists(sparsity)) return "lists";
+  return sparsity.pattern.kind === "topk" ? "topk" : "dense";
+}
+
 /** What a run is likely to need first. */
-function expectedRoles({ expected = {}, scoring, decoding }: Gpt2Options, plan: MemoryPlan): Role[] {
+function expectedRoles(
+  { expected = {}, scoring, comparing, decoding, sparsity = DENSE }: Gpt2Options,
+  plan: MemoryPlan,
+): Role[] {
   const { promptTokens = plan.chunkTokens, drawing } = expected;
   const { chunkTokens, logitRows } = plan;
   const chunks = [Math.min(promptTokens, chunkTokens), promptTokens % chunkTokens].filter((rows) => rows > 0);
+  const kind = attentionKind(sparsity);
   return [
-    ...prefillRoles(chunks),
+    ...prefillRoles(chunks, kind),
     ...headRoles(1),
     ...(scoring ? [...headRoles(logitRows), "nll" as const] : []),
-    ...(decoding ? decodeRoles(decoding.sequences) : []),
+    ...(comparing ? [...prefillRoles(chunks, "dense"), "divergence" as const] : []),
+    ...(decoding ? decodeRoles(decoding.sequences, kind) : []),
     ...(drawing ? drawRoles(drawing) : []),
   ];
 }
@@ -573,23 +688,33 @@ async function takeUnlessAborted(
   }
 }
 
+/** What is read back of a chunk's tokens. */
+interface ScoreReadbacks {
+  readonly nll: Readback | undefined;
+  readonly divergences: Readback | undefined;
+}
+
 /** What the caller of `prefill` asked to see of each token, and the likelihoods that are still on their way. */
 class PrefillScores {
-  readonly #readbacks: readonly Readback[];
+  readonly #nll: readonly Readback[];
+  readonly #divergences: readonly Readback[];
   readonly #options: PrefillOptions;
   #turn = 0;
-  #pending: { readback: Readback; first: number; count: number }[] = [];
+  #pending: (ScoreReadbacks & { readonly first: number; readonly count: number })[] = [];
 
-  constructor(readbacks: readonly Readback[], options: PrefillOptions) {
-    if (readbacks.length === 0) {
-      throw new Error("onNll and onLogits need a model that was loaded with `scoring`");
-    }
-    this.#readbacks = readbacks;
+  constructor(nll: readonly Readback[], divergences: readonly Readback[], options: PrefillOptions) {
+    if (nll.length === 0) throw new Error("onNll and onLogits need a model that was loaded with `scoring`");
+    this.#nll = nll;
+    this.#divergences = divergences;
     this.#options = options;
   }
 
   get wantsNll(): boolean {
     return this.#options.onNll !== undefined;
+  }
+
+  get wantsDivergence(): boolean {
+    return this.#options.onDivergence !== undefined;
   }
 
   /** Which of `rows` rows from token `first` on are wanted. */
@@ -603,11 +728,16 @@ class PrefillScores {
     this.#options.onLogits?.(token, logits);
   }
 
-  /** Where to copy `count` likelihoods to, those of the tokens from `first` on. */
-  nextReadback(first: number, count: number): Readback {
-    const readback = this.#readbacks[this.#turn++ % this.#readbacks.length]!;
-    this.#pending.push({ readback, first, count });
-    return readback;
+  /** Where to copy what is wanted of `count` tokens from `first` on. */
+  nextReadbacks(first: number, count: number): ScoreReadbacks {
+    const turn = this.#turn++;
+    const next = (all: readonly Readback[]) => all[turn % all.length];
+    const readbacks = {
+      nll: this.wantsNll ? next(this.#nll) : undefined,
+      divergences: this.wantsDivergence ? next(this.#divergences) : undefined,
+    };
+    this.#pending.push({ ...readbacks, first, count });
+    return readbacks;
   }
 
   /** Waits for all but the latest: the GPU goes on meanwhile. */
@@ -620,7 +750,8 @@ class PrefillScores {
   }
 
   async #readOne(): Promise<void> {
-    const { readback, first, count } = this.#pending.shift()!;
-    this.#options.onNll?.(first, new Float32Array(await readback.read(), 0, count));
+    const { nll, divergences, first, count } = this.#pending.shift()!;
+    if (nll) this.#options.onNll?.(first, new Float32Array(await nll.read(), 0, count));
+    if (divergences) this.#options.onDivergence?.(first, unpackDivergence(await divergences.read(), count));
   }
 }

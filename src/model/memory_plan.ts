@@ -3,6 +3,7 @@
  * allocated afterwards is what it says, buffer by buffer.
  */
 import { TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
+import { DIVERGENCE_BYTES } from "../kernels/divergence/divergence.ts";
 import { ATTENTION_ROWS, takesMatrices } from "../kernels/flash_attention/flash_attention.ts";
 import type { KernelShape } from "../kernels/index.ts";
 import { logprobsBytes, PLACE_BYTES, RESULT_BYTES, seenBytes } from "../kernels/sampling/sampling.ts";
@@ -12,9 +13,12 @@ import {
   type KvCacheShape,
   type KvLayout,
   kvLayout,
+  listSpecs,
   partSpecs,
+  selectedSpecs,
   tableSpecs,
 } from "../kvcache/layout.ts";
+import { DENSE, hasLists, type Sparsity } from "../kvcache/sparsity.ts";
 import { bufferBytes, formatBytes, type Purpose } from "../runtime/buffers.ts";
 import type { Capabilities } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
@@ -72,17 +76,21 @@ export function kernelShape(
   config: GPT2Config,
   elem: Elem,
   caps: Pick<Capabilities, "isSoftware">,
-  sequences = 1,
+  { sequences = 1, selectableBlocks = 0 }: Partial<Pick<KernelShape, "sequences" | "selectableBlocks">> = {},
 ): KernelShape {
   const { heads, headDim4 } = kvShape(config, elem);
   const { inner } = paddedSizes(config);
-  return { elem, width: config.nEmbd, heads, headDim4, inner, sequences, unroll: !caps.isSoftware };
+  const width = config.nEmbd;
+  return { elem, width, heads, headDim4, inner, sequences, selectableBlocks, unroll: !caps.isSoftware };
 }
 
 /** The part of a device's capabilities that says what fits. */
 export type MemoryLimits =
   & Pick<Capabilities, "isSoftware" | "maxBufferBytes" | "maxBindingBytes" | "memoryBytes">
   & Partial<Pick<Capabilities, "subgroupMatrix">>;
+
+/** Sequences of a cache where two kinds of attention are compared: the dense one's and the sparse one's. */
+const COMPARED_SEQUENCES = 2;
 
 /** Steps of decoding that are handed to the GPU together, at most. */
 export const STEPS_PER_SUBMISSION = 4;
@@ -107,6 +115,10 @@ export interface PlanOptions {
   readonly chunkTokens?: number;
   /** Also room for generating; a run without it only reads. */
   readonly decoding?: DecodingPlan | undefined;
+  /** What is attended to; every key when left out. */
+  readonly sparsity?: Sparsity;
+  /** Also room for dense attention over the same tokens, to compare with; goes with `scoring`. */
+  readonly comparing?: boolean;
   /** The output head is a table of its own. */
   readonly untiedHead?: boolean;
 }
@@ -128,6 +140,8 @@ export interface MemoryPlan {
   readonly activations: Readonly<Record<ActivationName, PlannedBuffer>>;
   /** Undefined without `decoding`. */
   readonly decoding: Readonly<Record<DecodingName, PlannedBuffer>> | undefined;
+  /** Undefined without `comparing`. */
+  readonly comparison: Readonly<Record<ComparisonName, PlannedBuffer>> | undefined;
   /** Everything, the activations among it. */
   readonly buffers: readonly PlannedBuffer[];
   readonly bytes: Readonly<Record<Purpose, number>>;
@@ -147,6 +161,11 @@ export type ActivationName =
   | "logits" // [logitRows, vocab] f32; the same
   | "targets" // [chunk] u32: the tokens that follow
   | "nll"; // [chunk] f32
+
+export type ComparisonName =
+  | "otherX" // [chunk, width] f32: the residual stream with dense attention
+  | "otherLogits" // [logitRows, vocab] f32, from there
+  | "divergences"; // [chunk] Divergence
 
 export type DecodingName =
   | "sequences" // [sequences] Sequence
@@ -169,11 +188,15 @@ export function stepResultBytes(
 }
 
 /**
- * Bytes of the parameters of a decoding step's kernels: four products, and attention, which differs by the heads that
- * share a buffer and, if the model's scale does, by layer.
+ * Bytes of the parameters of a decoding step's kernels: four products, attention, which differs by the heads that share a
+ * buffer and, if the model's scale does, by layer, and the choice of blocks, which differs by the heads.
  */
-export function decodeParametersBytes({ nLayer, nHead, scaleAttnByInverseLayerIdx }: GPT2Config): number {
-  return parametersBytes(4 + nHead * (scaleAttnByInverseLayerIdx ? nLayer : 1));
+export function decodeParametersBytes(
+  { nLayer, nHead, scaleAttnByInverseLayerIdx }: GPT2Config,
+  { pattern }: Sparsity = DENSE,
+): number {
+  const selections = pattern.kind === "topk" ? nHead : 0;
+  return parametersBytes(4 + nHead * (scaleAttnByInverseLayerIdx ? nLayer : 1) + selections);
 }
 
 /**
@@ -183,19 +206,22 @@ export function decodeParametersBytes({ nLayer, nHead, scaleAttnByInverseLayerId
 export function planMemory(config: GPT2Config, options: PlanOptions, limits: MemoryLimits): MemoryPlan {
   const { context, elem, scoring = false } = options;
   const most = mostBytes(limits);
-  const kv = kvLayout(kvShape(config, elem), context, most, options.decoding?.sequences);
+  const sequences = options.comparing ? COMPARED_SEQUENCES : options.decoding?.sequences;
+  const kv = kvLayout(kvShape(config, elem), context, most, sequences, options.sparsity);
   const chunkTokens = chooseChunk(config, options, limits);
   const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
   const activations = planActivations(config, options, {
     chunkTokens,
     logitRows,
-    queryRows: queryRows(chunkTokens, kv.shape, limits),
+    queryRows: queryRows(chunkTokens, kv, limits),
   });
+  const comparison = options.comparing ? planComparison(config, { chunkTokens, logitRows }) : undefined;
   const decoding = options.decoding && planDecoding(config, options, options.decoding);
   const buffers = [
     ...planWeights(config, options, most),
     ...planCache(kv),
     ...Object.values(activations),
+    ...Object.values(comparison ?? {}),
     ...Object.values(decoding ?? {}),
     ...planStaging(config, options, chunkTokens),
   ];
@@ -209,10 +235,11 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
     kv,
     activations,
     decoding,
+    comparison,
     buffers,
     bytes,
     totalBytes: bytes.weights + bytes.kv + bytes.activations + bytes.staging,
-    bytesPerToken: kvBytesPerToken(kv.shape),
+    bytesPerToken: kvBytesPerToken(kv.shape, kv.sparsity),
   };
 }
 
@@ -225,9 +252,10 @@ function chooseChunk(config: GPT2Config, options: PlanOptions, limits: MemoryLim
   let chunk = Math.min(LEAST_CHUNK_TOKENS, longest);
   while (chunk < longest && chunk < context / 4) chunk *= 2;
   chunk = options.chunkTokens ?? chunk;
-  const shape = kvShape(config, elem);
+  const { sparsity = DENSE } = options;
+  const cache = { shape: kvShape(config, elem), sparsity };
   const bytes = (tokens: number) =>
-    Math.max(tokens * widest, queryRows(tokens, shape, limits) * 3 * headsWidth * sizeOf(elem));
+    Math.max(tokens * widest, queryRows(tokens, cache, limits) * 3 * headsWidth * sizeOf(elem));
   while (chunk > SMALLEST_CHUNK_TOKENS && bytes(chunk) > mostBytes(limits)) {
     chunk = Math.ceil(chunk / 2);
   }
@@ -243,10 +271,18 @@ function chooseLogitRows({ vocabSize }: GPT2Config, chunkTokens: number, most: n
   return Math.max(1, Math.min(chunkTokens, Math.floor(Math.min(LOGITS_BYTES, most) / (4 * vocabSize))));
 }
 
-/** Rows of the qkv buffer: the tensor-core kernel reads whole tiles of queries. */
-function queryRows(chunkTokens: number, { elem, headDim4 }: KvCacheShape, limits: MemoryLimits): number {
-  const isPadded = limits.subgroupMatrix && takesMatrices(elem, headDim4);
-  return isPadded ? ATTENTION_ROWS * Math.ceil(chunkTokens / ATTENTION_ROWS) : chunkTokens;
+/**
+ * Rows of the qkv buffer: the tensor-core kernel reads whole tiles of queries, and one that walks lists begins the second
+ * tile anywhere behind the first row.
+ */
+function queryRows(
+  chunkTokens: number,
+  { shape: { elem, headDim4 }, sparsity }: Pick<KvLayout, "shape" | "sparsity">,
+  limits: MemoryLimits,
+): number {
+  if (!limits.subgroupMatrix || !takesMatrices(elem, headDim4)) return chunkTokens;
+  const before = hasLists(sparsity) ? KV_BLOCK - 1 : 0;
+  return ATTENTION_ROWS * Math.ceil((chunkTokens + before) / ATTENTION_ROWS);
 }
 
 function planActivations(
@@ -275,6 +311,18 @@ function planActivations(
   };
 }
 
+function planComparison(
+  config: GPT2Config,
+  { chunkTokens, logitRows }: { chunkTokens: number; logitRows: number },
+): Readonly<Record<ComparisonName, PlannedBuffer>> {
+  const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
+  return {
+    otherX: buffer("residual stream of dense attention", 4 * chunkTokens * paddedSizes(config).width),
+    otherLogits: buffer("logits of dense attention", 4 * logitRows * config.vocabSize),
+    divergences: buffer("divergences", DIVERGENCE_BYTES * chunkTokens),
+  };
+}
+
 function planDecoding(
   config: GPT2Config,
   { context }: PlanOptions,
@@ -297,11 +345,11 @@ function planDecoding(
 }
 
 function planCache(kv: KvLayout): PlannedBuffer[] {
-  const specs = tableSpecs(kv);
+  const specs = [...tableSpecs(kv), ...listSpecs(kv), ...selectedSpecs(kv)];
   for (let layer = 0; layer < kv.shape.layers; layer++) {
     for (const range of kv.ranges) {
-      const { k, v } = partSpecs(kv, layer, range);
-      specs.push(k, v);
+      const { k, v, summaries } = partSpecs(kv, layer, range);
+      specs.push(k, v, ...(summaries ? [summaries] : []));
     }
   }
   return specs.map(({ label, bytes }) => planned(label, "kv", bytes));
@@ -309,7 +357,7 @@ function planCache(kv: KvLayout): PlannedBuffer[] {
 
 function planStaging(
   config: GPT2Config,
-  { scoring = false, decoding }: PlanOptions,
+  { scoring = false, comparing = false, sparsity, decoding }: PlanOptions,
   chunkTokens: number,
 ): PlannedBuffer[] {
   const { vocabSize } = config;
@@ -317,12 +365,14 @@ function planStaging(
   const resultBytes = step ? STEPS_PER_SUBMISSION * (step.results + step.logprobs) : 0;
   const results = planned("readback of drawn tokens", "staging", resultBytes);
   const nll = planned("readback of negative log-likelihoods", "staging", 4 * chunkTokens);
+  const divergences = planned("readback of divergences", "staging", DIVERGENCE_BYTES * chunkTokens);
   return [
     ...Array.from({ length: UPLOAD_STAGES }, () => planned("uploads", "staging", UPLOAD_STAGE_BYTES)),
     planned("readback of logits", "staging", 4 * vocabSize),
     ...(scoring ? [nll, nll] : []),
+    ...(comparing ? [divergences, divergences] : []),
     ...new Array<PlannedBuffer>(decoding?.inFlight ?? 0).fill(results),
-    ...(decoding ? [planned("parameters", "staging", decodeParametersBytes(config))] : []),
+    ...(decoding ? [planned("parameters", "staging", decodeParametersBytes(config, sparsity))] : []),
   ];
 }
 

@@ -2,7 +2,7 @@
  * Session files: the keys and values of a prefix, so that the same prefix costs no second prefill. A session is a
  * safetensors file with `h.{i}.k` and `h.{i}.v` of shape `[heads, tokens, headDim]` in the type of the run,
  * `input_ids` (I32, `[tokens]`) and `logits` (F32, `[vocab]`), the row after the last token. Its `__metadata__` says
- * which model, type and mapping of positions they belong to, and holds a CRC-32 for each tensor.
+ * which model, type, mapping of positions and attention they belong to, and holds a CRC-32 for each tensor.
  */
 import { createHash } from "node:crypto";
 import { crc32 } from "node:zlib";
@@ -59,6 +59,8 @@ export interface SessionOrigin {
   readonly model: string;
   /** How positions map to rows of `wpe`, in words of the caller's choice: equal words mean an equal mapping. */
   readonly positions: string;
+  /** What tokens attend to, `attentionOf` a run's sparsity. */
+  readonly attention: string;
 }
 
 export interface SessionShape extends Pick<KvRows, typeof ROW_SIZES[number]> {
@@ -232,7 +234,7 @@ export class Session {
 
   /** @throws ModelError unless the session can be continued in a run like this */
   check(run: SessionOrigin & Omit<SessionShape, "tokens">): void {
-    const { path, shape, origin: { model, positions } } = this;
+    const { path, shape, origin: { model, positions, attention } } = this;
     if (model !== run.model) {
       throw new ModelError(`${path} was saved with another model`, {
         hint: "pass the model that it was saved with, or another file",
@@ -248,6 +250,12 @@ export class Session {
       const [saved, here] = [quoteName(positions), quoteName(run.positions)];
       throw new ModelError(`${path} was saved with the positions ${saved}, this run has ${here}`, {
         hint: `use ${positionFlags(positions)} as it was saved with, or another file`,
+      });
+    }
+    if (attention !== run.attention) {
+      const [saved, here] = [quoteName(attention), quoteName(run.attention)];
+      throw new ModelError(`${path} was saved with the attention ${saved}, this run has ${here}`, {
+        hint: `use the \`--sparsity\` that it was saved with, or another file`,
       });
     }
     // The fingerprint covers the sizes: they differ only in a file that was tampered with.
@@ -349,7 +357,7 @@ function hex(crc: number): string {
 }
 
 function sessionMetadata(
-  { model, positions, rows }: SessionContents,
+  { model, positions, attention, rows }: SessionContents,
   checksums: ReadonlyMap<string, string>,
 ): Record<string, string> {
   return {
@@ -357,6 +365,7 @@ function sessionMetadata(
     model,
     dtype: rows.elem,
     positions,
+    attention,
     crc32: JSON.stringify(Object.fromEntries(checksums)),
   };
 }
@@ -433,7 +442,12 @@ function checkHeader(source: SafetensorsSource): SessionHeader {
   if (elem !== shape.elem) {
     throw damaged(`${path} says that it is in ${quoteName(elem)}, but holds ${DTYPES[shape.elem]}`);
   }
-  const origin = { model: readMetadata(source, "model"), positions: readMetadata(source, "positions") };
+  const origin = {
+    model: readMetadata(source, "model"),
+    positions: readMetadata(source, "positions"),
+    // The first releases knew no other.
+    attention: source.metadata.get("attention") ?? "dense",
+  };
   return { origin, shape, checksums: readChecksums(source) };
 }
 

@@ -332,6 +332,7 @@ describe("--kernel", () => {
       headDim4: 16,
       inner: 512,
       sequences: 1,
+      selectableBlocks: 0,
       unroll: true,
     };
     const caps = { ...gpu.caps, f16: true, subgroupMatrix: false };

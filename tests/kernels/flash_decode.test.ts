@@ -1,6 +1,7 @@
 import { afterAll, describe, expect, test } from "bun:test";
 import { attentionReference } from "../../src/kernels/flash_attention/reference.ts";
 import {
+  type DecodeBlocks,
   splitKvAttention,
   splitKvCandidates,
   type SplitKvProblem,
@@ -19,6 +20,8 @@ import {
   packSequence,
   splitCount,
 } from "../../src/kernels/shared/shared.ts";
+import { packLists } from "../../src/kvcache/block_lists.ts";
+import type { BlockLists } from "../../src/kvcache/patterns.ts";
 import { openDevice } from "../../src/runtime/device.ts";
 import { type Elem, type Op, op, supports } from "../../src/runtime/kernel.ts";
 import {
@@ -26,11 +29,13 @@ import {
   attentionMagnitude,
   type AttentionShape,
   headRanges,
+  listsWhere,
   packCache,
   packQueries,
   plainAttention,
   randomInputs,
   scrambledTable,
+  seenBy,
   shapeOf,
 } from "../support/attention.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
@@ -64,6 +69,24 @@ function decodeShape(heads: number, headDim: number, kvLen: number): AttentionSh
 
 function keysOf({ firstPosition }: AttentionShape): number {
   return firstPosition + 1;
+}
+
+/** Lists of the heads for so many blocks of queries. */
+type Lists = (heads: number, rows: number) => BlockLists[];
+
+const everyBlock: Lists = (heads, rows) => listsWhere(heads, rows, () => true);
+
+function blocksOf(shape: AttentionShape): number {
+  return Math.ceil(keysOf(shape) / KV_BLOCK);
+}
+
+/** The blocks that a head's new token attends to, ascending. */
+function keptBlocks(shape: AttentionShape, lists: Lists, head: number): number[] {
+  const rows = blocksOf(shape);
+  const { full, partial } = lists(shape.heads, rows)[head]!;
+  return [full, partial].flatMap(({ indptr, indices }) => [
+    ...indices.subarray(indptr[rows - 1]!, indptr[rows]!),
+  ]);
 }
 
 /** One sequence of a step. */
@@ -124,12 +147,14 @@ interface Slices {
 /**
  * Runs one step of all sequences, with NaN wherever the kernel has no business: rows of the cache from the
  * new token's on. Checks that the new rows land in the cache and that nothing else of it changes.
+ * @param lists what kernels that do not attend to every block do
  * @returns the slices of each sequence
  */
 async function runDecode(
   decode: Decode,
   decoded: readonly Decoded[],
   splitHeads = false,
+  lists = everyBlock,
 ): Promise<Slices[]> {
   const elem = elemOf(decode);
   const { heads, headDim, scale } = decoded[0]!.shape;
@@ -151,6 +176,17 @@ async function runDecode(
         Array.from(packSequence({ length: keysOf(shape) - 1, step: 3, seed: -1 }))
       ),
     ),
+    block_lists: tensor("u32", packLists(lists(heads, tableBlocks))),
+    selected: tensor(
+      "u32",
+      decoded.flatMap(({ shape }) =>
+        Array.from({ length: heads }, (_, head) => {
+          const kept = keptBlocks(shape, lists, head);
+          return Array.from({ length: 1 + tableBlocks }, (_, i) =>
+            i === 0 ? kept.length : kept[i - 1] ?? 0xffffffff);
+        }).flat()
+      ),
+    ),
     partial_out: poison("f32", sequences * MAX_SPLITS * heads * stride),
     partial_ml: poison("f32", sequences * MAX_SPLITS * heads * 2),
   };
@@ -169,20 +205,27 @@ async function runDecode(
     const part = (all: Float32Array) =>
       all.slice(s * all.length / sequences, (s + 1) * all.length / sequences);
     const slices = { out: part(results["partial_out"]!), ml: part(results["partial_ml"]!) };
-    expectUntouched(slices, shape);
+    expectUntouched(slices, shape, lists);
     return slices;
   });
 }
 
-/** The slices that there are were written, the others not. */
-function expectUntouched({ out, ml }: Slices, shape: AttentionShape): void {
-  const splits = splitCount(keysOf(shape));
-  for (const all of [out, ml]) {
-    all.forEach((x, i) => {
-      if (Number.isNaN(x) !== i >= splits * all.length / MAX_SPLITS) {
-        throw new Error(`element ${i} of ${splits} slices of ${all.length / MAX_SPLITS} is ${x}`);
-      }
-    });
+/** The slices that there are were written, of the others only that their sum is 0. */
+function expectUntouched({ out, ml }: Slices, shape: AttentionShape, lists: Lists): void {
+  const stride = 4 * Math.ceil(shape.headDim / 4);
+  for (let head = 0; head < shape.heads; head++) {
+    const splits = splitCount(keptBlocks(shape, lists, head).length);
+    for (let split = 0; split < MAX_SPLITS; split++) {
+      const row = split * shape.heads + head;
+      const values = out.subarray(row * stride, (row + 1) * stride);
+      const [m, l] = ml.subarray(2 * row, 2 * row + 2);
+      const what = `slice ${split} of ${splits}, head ${head}`;
+      if (split < splits) expect([what, values.some(Number.isNaN), l! > 0]).toEqual([what, false, true]);
+      // One that attends to nothing may write the zeros that it has added up.
+      else if (split > 0) {
+        expect([what, values.every(Number.isNaN), l, m! < -1e38]).toEqual([what, true, 0, true]);
+      } else expect([what, l]).toEqual([what, 0]);
+    }
   }
 }
 
@@ -198,13 +241,15 @@ function sliceOf({ out, ml }: Slices, { heads, headDim }: AttentionShape, split:
 }
 
 /** The attention `[heads, headDim]` that the slices add up to. */
-function merged(slices: Slices, shape: AttentionShape): number[] {
+function merged(slices: Slices, shape: AttentionShape, lists = everyBlock): number[] {
   return Array.from({ length: shape.heads }, (_, head) => {
     const parts = Array.from(
-      { length: splitCount(keysOf(shape)) },
+      { length: splitCount(keptBlocks(shape, lists, head).length) },
       (_, split): PartialAttention => sliceOf(slices, shape, split, head),
     );
-    return Array.from(combineReference(parts));
+    return parts.length === 0
+      ? new Array<number>(shape.headDim).fill(0)
+      : Array.from(combineReference(parts));
   }).flat();
 }
 
@@ -223,23 +268,26 @@ async function checkDecode(
   shape: AttentionShape,
   given = randomInputs(shape, elemOf(decode), shape.firstPosition),
   hard = false,
+  lists = everyBlock,
 ): Promise<void> {
   const one = { given, shape };
-  const [slices] = await runDecode(decode, [one]);
-  const wanted = attentionReference(given.q, given.k, given.v, shape);
-  expectClose(merged(slices!, shape), wanted, plainAttention(given, shape), judgedBy(one, decode, hard));
+  const [slices] = await runDecode(decode, [one], false, lists);
+  const sees = seenBy(lists(shape.heads, blocksOf(shape)));
+  const wanted = attentionReference(given.q, given.k, given.v, shape, sees);
+  const plain = plainAttention(given, shape, sees);
+  expectClose(merged(slices!, shape, lists), wanted, plain, judgedBy(one, decode, hard));
 }
 
 /**
  * The kernel for subgroups as GPUs run it, in workgroups of several and with several keys a lane, for
  * whatever subgroups the device has.
  */
-function severalSubgroups(elem: Elem, heads: number, headDim4: number): Decode[] {
+function severalSubgroups(elem: Elem, heads: number, headDim4: number, blocks: DecodeBlocks): Decode[] {
   const { subgroupMaxSize: subgroup } = gpu.caps;
   if (subgroup === 0) return [];
   const size = { subgroup, maxLanes: 4 * subgroup, maxKeys: 8 };
   const variants = subgroupSplitKvVariants(elem, heads, headDim4, size);
-  return runnable(gpu, variants.map((v) => op(subgroupSplitKvAttention, v)));
+  return runnable(gpu, variants.map((v) => op(subgroupSplitKvAttention[blocks], v)));
 }
 
 /** One head's rows of `[rows, heads, headDim]`. */
@@ -252,11 +300,14 @@ describe("flash_decode", () => {
   eachElem(gpu, (elem) => {
     for (const [heads, headDim] of [[1, 4], [3, 8], [5, 6], [2, 16], [3, 64], [1, 80], [1, 128]] as const) {
       const headDim4 = Math.ceil(headDim / 4);
-      const candidates = (unroll: boolean) => splitKvCandidates(elem, heads, headDim4, unroll);
-      const chosen = [
-        ...attentionOps(gpu, candidates, headDim4),
-        ...severalSubgroups(elem, heads, headDim4),
-      ];
+      const chosen = (["all", "listed", "selected"] as const).flatMap((blocks) => {
+        const candidates = (unroll: boolean) =>
+          splitKvCandidates(elem, heads, headDim4, unroll, MAX_SPLITS, blocks);
+        return [
+          ...attentionOps(gpu, candidates, headDim4),
+          ...severalSubgroups(elem, heads, headDim4, blocks),
+        ];
+      });
       for (const decode of chosen) {
         test(`${titleOf(decode)} matches the f64 reference`, async () => {
           for (const kvLen of [1, 65, 257, 600]) {
@@ -267,7 +318,11 @@ describe("flash_decode", () => {
     }
 
     // What is not about the size of heads is tested with these.
-    const small = [...runnable(gpu, splitKvCandidates(elem, 3, 2, false)), ...severalSubgroups(elem, 3, 2)];
+    const smallOf = (blocks: DecodeBlocks) => [
+      ...runnable(gpu, splitKvCandidates(elem, 3, 2, false, MAX_SPLITS, blocks)),
+      ...severalSubgroups(elem, 3, 2, blocks),
+    ];
+    const small = smallOf("all");
     for (const decode of small) {
       const title = titleOf(decode);
       for (const kvLen of [1, 2, 63, 64, 65, 97, 128, 129, 257, 1025, 2048, 2049, 5000]) {
@@ -310,8 +365,8 @@ describe("flash_decode", () => {
           const [slices] = await runDecode(decode, [{ given, shape }]);
           // The log-sum-exp is as large as the scores, and is off by their rounding.
           const hardness = attentionMagnitude(given, shape, true)(0);
-          const keysPerSplit = blocksPerSplit(kvLen) * KV_BLOCK;
-          for (let split = 0; split < splitCount(kvLen); split++) {
+          const keysPerSplit = blocksPerSplit(blocksOf(shape)) * KV_BLOCK;
+          for (let split = 0; split < splitCount(blocksOf(shape)); split++) {
             for (let head = 0; head < 3; head++) {
               const rows = (all: ArrayLike<number>) =>
                 headRows(all, shape, head).subarray(8 * keysPerSplit * split, 8 * keysPerSplit * (split + 1));
@@ -365,6 +420,70 @@ describe("flash_decode", () => {
       });
     }
 
+    for (const blocks of ["listed", "selected"] as const) {
+      for (const [i, decode] of smallOf(blocks).entries()) {
+        const title = titleOf(decode);
+        test(`${title}: every block gives the bits of dense attention`, async () => {
+          const decoded = [600, 1, 64, 65, 2049, 5000].map((kvLen): Decoded => {
+            const shape = decodeShape(3, 8, kvLen);
+            return { given: randomInputs(shape, elem, kvLen), shape };
+          });
+          const dense = await runDecode(small[i]!, decoded);
+          const sparse = await runDecode(decode, decoded);
+          for (const [s, { out, ml }] of dense.entries()) {
+            expectSame(sparse[s]!.out, out);
+            expectSame(sparse[s]!.ml, ml);
+          }
+        });
+
+        test(`${title} matches the f64 reference with random blocks, other ones for each head`, async () => {
+          for (const share of [0.7, 0.2]) {
+            const kept = uniformArray(100 * share, 3 * 4096, 0, 1);
+            // What is selected always has the token's own block.
+            const lists: Lists = (heads, rows) =>
+              listsWhere(
+                heads,
+                rows,
+                (head, row, block) =>
+                  (blocks === "selected" && row === block) || kept[1024 * head + 31 * row + block]! < share,
+              );
+            for (const kvLen of [1, 64, 65, 300, 1025, 2048, 2500]) {
+              await checkDecode(decode, decodeShape(3, 8, kvLen), undefined, false, lists);
+            }
+          }
+        });
+
+        test(`${title}: heads in two buffers, and sequences together, give the bits of each alone`, async () => {
+          const lists: Lists = (heads, rows) =>
+            listsWhere(heads, rows, (head, row, block) => row === block || (block + head) % 3 === 0);
+          const decoded = [600, 1, 65, 2049].map((kvLen): Decoded => {
+            const shape = decodeShape(3, 8, kvLen);
+            return { given: randomInputs(shape, elem, kvLen), shape };
+          });
+          for (const splitHeads of [false, true]) {
+            const together = await runDecode(decode, decoded, splitHeads, lists);
+            for (const [s, one] of decoded.entries()) {
+              const [alone] = await runDecode(decode, [one], false, lists);
+              expectSame(together[s]!.out, alone!.out);
+              expectSame(together[s]!.ml, alone!.ml);
+            }
+          }
+        });
+
+        if (blocks === "selected") continue;
+        test(`${title}: a token whose own block is left out is appended all the same`, async () => {
+          const others: Lists = (heads, rows) =>
+            listsWhere(heads, rows, (head, row, block) => row !== block && (row + head) % 2 === 0);
+          const none: Lists = (heads, rows) => listsWhere(heads, rows, () => false);
+          for (const kvLen of [1, 64, 65, 700]) {
+            for (const lists of [others, none]) {
+              await checkDecode(decode, decodeShape(3, 8, kvLen), undefined, false, lists);
+            }
+          }
+        });
+      }
+    }
+
     test(`${elem} slices merged by the reference give the same in any grouping`, async () => {
       const shape = decodeShape(3, 8, 1025);
       const [slices] = await runDecode(small[0]!, [{ given: randomInputs(shape, elem, 9), shape }]);
@@ -403,7 +522,7 @@ describe("flash_decode on other devices", () => {
     const caps = { ...none.caps, subgroupMinSize: 0, subgroupMaxSize: 0, workgroupBytes: 16384 };
     for (let headDim4 = 1; headDim4 <= 256; headDim4++) {
       const last = splitKvCandidates("f32", 1, headDim4, true).at(-1)!;
-      expect(last.kernel).toBe(splitKvAttention);
+      expect(last.kernel).toBe(splitKvAttention.all);
       expect([headDim4, supports(last.kernel, last.variant, caps)]).toEqual([headDim4, true]);
     }
     none.destroy();

@@ -9,13 +9,7 @@ import {
 } from "../../src/kernels/gemv/gemv.ts";
 import { layerNormReference } from "../../src/kernels/layer_norm/reference.ts";
 import type { Epilogue } from "../../src/kernels/matmul/matmul.ts";
-import {
-  KV_BLOCK,
-  MAX_SPLITS,
-  mostSplits,
-  packSequence,
-  splitCount,
-} from "../../src/kernels/shared/shared.ts";
+import { MAX_SPLITS, mostSplits, splitCount } from "../../src/kernels/shared/shared.ts";
 import { type Capabilities, openDevice } from "../../src/runtime/device.ts";
 import { type Elem, type Op, supports } from "../../src/runtime/kernel.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, maxAbs, reportErrors } from "../support/compare.ts";
@@ -142,12 +136,12 @@ function layerNormSizes(x: Float32Array, gain: Float32Array, shift: Float32Array
 }
 
 /**
- * Keys of each row's sequence: where there may be 32 slices they are 2, 31, 1, 32, 32 (of two blocks each), 17 and 1, then
- * any number.
+ * Blocks that each row's token attends to: where there may be 32 slices they are 2, 31, 1, 32, 32 (of two blocks each), 17,
+ * none, whose row is zeros, then any number.
  */
-const KV_LENS = [
-  ...[65, 1984, 64, 2048, 4000, 2049, 1],
-  ...Array.from({ length: MAX_SPLITS }, (_, i) => KV_BLOCK * (MAX_SPLITS - i) - i),
+const KEPT_BLOCKS = [
+  ...[2, 31, 1, 32, 63, 33, 0],
+  ...Array.from({ length: MAX_SPLITS }, (_, i) => MAX_SPLITS - i),
 ];
 
 /** How far the maxima of a row's slices are apart: equal, or so far that only one counts, and between. */
@@ -171,14 +165,20 @@ function mergeOf(heads: number, headDim: number): Source {
     },
     rows(_, rows, sequences) {
       const maxSplits = mostSplits(sequences);
-      const lens = Array.from({ length: rows }, (_, r) => KV_LENS[r % KV_LENS.length]!);
-      // Slices that do not exist stay NaN: nobody has written them.
+      const kept = Array.from({ length: rows }, (_, r) => KEPT_BLOCKS[r % KEPT_BLOCKS.length]!);
+      // Of slices that do not exist only the sum is written: 0.
       const partialOut = new Float64Array(rows * maxSplits * inner).fill(NaN);
-      const partialMl = new Float64Array(rows * maxSplits * heads * 2).fill(NaN);
+      const partialMl = new Float64Array(rows * maxSplits * heads * 2).map((_, i) => i % 2 ? 0 : -3e38);
       const x = { exact: [] as number[], plain: [] as number[], sizes: [] as number[] };
-      lens.forEach((kvLen, r) => {
+      kept.forEach((blocks, r) => {
         for (let h = 0; h < heads; h++) {
-          const slices = randomSlices(r * heads + h, splitCount(kvLen, maxSplits), headDim, SPREADS[r % 4]!);
+          const count = splitCount(blocks, maxSplits);
+          if (count === 0) {
+            const zeros = new Array<number>(4 * headDim4).fill(0);
+            for (const rows of Object.values(x)) rows.push(...zeros);
+            continue;
+          }
+          const slices = randomSlices(r * heads + h, count, headDim, SPREADS[r % 4]!);
           slices.forEach(({ out, m, l }, s) => {
             const index = (r * maxSplits + s) * heads + h;
             partialOut.set(padRows(out, headDim), index * 4 * headDim4);
@@ -192,12 +192,10 @@ function mergeOf(heads: number, headDim: number): Source {
           x.sizes.push(...padRows(combineReference(absolute), headDim));
         }
       });
-      const states = lens.flatMap((kvLen) => [...packSequence({ length: kvLen - 1, step: 7, seed: 9 })]);
       return {
         perRow: {
           partial_out: tensor("f32", partialOut),
           partial_ml: tensor("f32", partialMl),
-          sequences: tensor("u32", states),
         },
         shared: {},
         ...x,

@@ -135,6 +135,7 @@ describe("a session", () => {
       await saveSession(path, {
         model: "awkward",
         positions: "exact",
+        attention: "dense",
         ids: Uint32Array.from(prompt),
         logits,
         rows: first.cache,

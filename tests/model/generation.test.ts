@@ -233,6 +233,7 @@ describe("tokens are those of the CPU's sampler, however far ahead the GPU is", 
     await saveSession(path, {
       model: "classics",
       positions: "exact",
+      attention: "dense",
       ids: Uint32Array.from(PROMPT),
       logits,
       rows: model.cache,

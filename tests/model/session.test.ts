@@ -120,6 +120,7 @@ function contents(
   return {
     model: "0123abcd",
     positions: "exact",
+    attention: "dense",
     ids: Uint32Array.from({ length: tokens }, (_, i) => fmix32(i) % VOCAB),
     logits: Float32Array.from({ length: VOCAB }, (_, i) => Math.fround(Math.sin(i + seed))),
     rows: memoryRows(shape, tokens, seed),
@@ -127,9 +128,9 @@ function contents(
 }
 
 /** What a run that saved `contents` asks a session to fit. */
-function runOf({ model, positions, rows, logits }: SessionContents) {
+function runOf({ model, positions, attention, rows, logits }: SessionContents) {
   const { layers, heads, headDim, elem } = rows;
-  return { model, positions, layers, heads, headDim, elem, vocabSize: logits.length };
+  return { model, positions, attention, layers, heads, headDim, elem, vocabSize: logits.length };
 }
 
 /** A saved session's path and what it was made of. */
@@ -232,7 +233,13 @@ describe("a session", () => {
       ["logits", "F32", [VOCAB]],
     ]);
     const { crc32: checksums, ...rest } = Object.fromEntries(source.metadata);
-    expect(rest).toEqual({ longform_session: "1", model: "0123abcd", dtype: "f16", positions: "exact" });
+    expect(rest).toEqual({
+      longform_session: "1",
+      model: "0123abcd",
+      dtype: "f16",
+      positions: "exact",
+      attention: "dense",
+    });
     const keys = crc32(made.rows.stored.get("1k")!).toString(16).padStart(8, "0");
     expect(JSON.parse(checksums!)["h.1.k"]).toBe(keys);
     await source.close();
@@ -341,6 +348,7 @@ describe("sizes beyond 2^32", () => {
       model: "m",
       dtype: "f16",
       positions: "exact",
+      attention: "dense",
       crc32: JSON.stringify({ ...checksums, input_ids: hex(tail[0]!), logits: hex(tail[1]!) }),
     });
     const rowsEnd = header.length + 12 * 12 * 2 * 120_000 * 128;
@@ -428,6 +436,7 @@ describe("a file that is no session", () => {
     model: "m",
     dtype: "f16",
     positions: "exact",
+    attention: "dense",
     crc32: JSON.stringify(Object.fromEntries(
       tensors.map(({ name, bytes }) => [name, crc32(bytes).toString(16).padStart(8, "0")]),
     )),
@@ -605,6 +614,12 @@ describe("check", () => {
       "use `--positions exact` as it was saved with, or another file",
     ],
     [
+      "attention",
+      { attention: "local:1024" },
+      `was saved with the attention "dense", this run has "local:1024"`,
+      "use the `--sparsity` that it was saved with, or another file",
+    ],
+    [
       "number of layers",
       { layers: 3 },
       `holds ${SIZES}, the model has 3 layers of 3 heads of 12 columns and 11 logits`,
@@ -722,7 +737,9 @@ describe("saveSession that fails", () => {
       const rows = { layers: 1, heads: 1, headDim: 1024, elem: "f32",
         async *read() { for (let i = 0; i < 64; i++) yield new Uint8Array(1 << 16); } };
       const ids = new Uint32Array(1024), logits = new Float32Array(4);
-      await saveSession(${JSON.stringify(path)}, { model: "m", positions: "p", ids, logits, rows })
+      await saveSession(${
+      JSON.stringify(path)
+    }, { model: "m", positions: "p", attention: "dense", ids, logits, rows })
         .catch((error) => console.log(error.name + ": " + error.message + "; " + error.hint));`;
     const shell = `trap "" XFSZ; ulimit -f 1024; exec "$@"`;
     const child = Bun.spawn(["sh", "-c", shell, "sh", process.execPath, "run", "-"], {

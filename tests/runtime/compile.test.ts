@@ -50,6 +50,7 @@ function variantsOf(model: { width: number; heads: number; headDim: number }): K
       headDim4: Math.ceil(headDim / 4),
       inner: 16 * Math.ceil(width / 4),
       sequences: unroll ? 8 : 1,
+      selectableBlocks: unroll ? 1025 : 0,
       unroll,
     }))
   );

@@ -1,5 +1,6 @@
 /** What the two attention kernels' tests share: inputs, their layouts on the GPU, the plain algorithm, its conditioning. */
 import { type HeadRange, KV_BLOCK } from "../../src/kernels/shared/shared.ts";
+import type { BlockLists, Csr } from "../../src/kvcache/patterns.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import { maxAbs } from "./compare.ts";
 import { rounded } from "./device.ts";
@@ -102,8 +103,15 @@ export function headRanges(heads: number, split: boolean): HeadRange[] {
     : [{ first: 0, heads }];
 }
 
+/** Whether a head's query at a position attends to a key at or before it. */
+export type Sees = (head: number, position: number, key: number) => boolean;
+
 /** Textbook causal attention, every operation in f32: dot products, scale, maximum, exp, sum, weighted sum, division. */
-export function plainAttention({ q, k, v }: AttentionInputs, shape: AttentionShape): Float32Array {
+export function plainAttention(
+  { q, k, v }: AttentionInputs,
+  shape: AttentionShape,
+  sees: Sees = () => true,
+): Float32Array {
   const { heads, headDim, qLen, firstPosition } = shape;
   const { fround } = Math;
   const scale = fround(shape.scale);
@@ -113,15 +121,17 @@ export function plainAttention({ q, k, v }: AttentionInputs, shape: AttentionSha
   for (let i = 0; i < qLen; i++) {
     for (let h = 0; h < heads; h++) {
       const query = i * width + h * headDim;
-      const scores = new Float32Array(firstPosition + i + 1);
+      const scores = new Float32Array(firstPosition + i + 1).fill(-Infinity);
       let m = -Infinity;
       for (let j = 0; j < scores.length; j++) {
+        if (!sees(h, firstPosition + i, j)) continue;
         let dot = 0;
         const key = j * width + h * headDim;
         for (let d = 0; d < headDim; d++) dot = fround(dot + fround(q[query + d]! * k[key + d]!));
         scores[j] = dot * scale;
         m = Math.max(m, scores[j]!);
       }
+      if (m === -Infinity) continue;
       let l = 0;
       sums.fill(0);
       for (let j = 0; j < scores.length; j++) {
@@ -162,4 +172,43 @@ export function attentionMagnitude(
     }
     return largestValue * (1 + score);
   };
+}
+
+/**
+ * Lists for `rows` blocks of queries, one for each head, of the blocks that `keeps` accepts.
+ * @param keeps asked for blocks of keys that are not behind the queries' own
+ */
+export function listsWhere(
+  heads: number,
+  rows: number,
+  keeps: (head: number, row: number, block: number) => boolean,
+): BlockLists[] {
+  const csr = (columns: readonly (readonly number[])[]): Csr => ({
+    indptr: Uint32Array.from({ length: rows + 1 }, (_, row) => columns.slice(0, row).flat().length),
+    indices: Uint32Array.from(columns.flat()),
+  });
+  return Array.from({ length: heads }, (_, head) => {
+    const kept = Array.from(
+      { length: rows },
+      (_, row) =>
+        Array.from({ length: row + 1 }, (_, block) => block).filter((block) => keeps(head, row, block)),
+    );
+    return {
+      rows,
+      full: csr(kept.map((blocks, row) => blocks.filter((block) => block < row))),
+      partial: csr(kept.map((blocks, row) => blocks.filter((block) => block === row))),
+    };
+  });
+}
+
+/** What heads with these lists see. */
+export function seenBy(heads: readonly BlockLists[]): Sees {
+  const kept = heads.map(({ rows, full, partial }) =>
+    Array.from({ length: rows }, (_, row) =>
+      new Set([full, partial].flatMap(({ indptr, indices }) => [
+        ...indices.subarray(indptr[row]!, indptr[row + 1]!),
+      ])))
+  );
+  return (head, position, key) =>
+    kept[head]![Math.floor(position / KV_BLOCK)]!.has(Math.floor(key / KV_BLOCK));
 }

@@ -1,5 +1,14 @@
-import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import {
+  type Elem,
+  type Grid,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+  type ShaderHeader,
+} from "../../runtime/kernel.ts";
+import {
+  blockListsHelper,
   type HeadRange,
   KV_BLOCK,
   kvBlocks,
@@ -8,11 +17,14 @@ import {
   unrollConst,
 } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
-import registerTiledText from "./register_tiled.wgsl" with { type: "text" };
+import listBindingsText from "./list_bindings.wgsl" with { type: "text" };
+import registerTiledShader from "./register_tiled.wgsl" with { type: "text" };
 import subgroupMatrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
-import subgroupMatrixText from "./subgroup_matrix.wgsl" with { type: "text" };
-import subgroupText from "./subgroup.wgsl" with { type: "text" };
-import tiledText from "./tiled.wgsl" with { type: "text" };
+import subgroupMatrixShader from "./subgroup_matrix.wgsl" with { type: "text" };
+import subgroupShader from "./subgroup.wgsl" with { type: "text" };
+import tiledShader from "./tiled.wgsl" with { type: "text" };
+import walkAllText from "./walk_all.wgsl" with { type: "text" };
+import walkListsText from "./walk_lists.wgsl" with { type: "text" };
 
 export interface FlashAttentionVariant {
   readonly elem: Elem;
@@ -70,33 +82,77 @@ export interface SubgroupAttentionVariant {
   readonly unroll: boolean;
 }
 
-const bindings: ShaderFile = { file: "flash_attention/bindings.wgsl", text: bindingsText };
+const file = (name: string, text: string): ShaderFile => ({ file: `flash_attention/${name}.wgsl`, text });
 
-const common = {
-  bindings: { qkv: "read", k: "read", v: "read", block_table: "read", out: "read_write" },
-  params: {
-    q_len: "u32",
-    first_position: "u32",
-    blocks: "u32",
-    first_head: "u32",
-    scale_log2: "f32",
-    one: "u32",
-  },
-  values: (_: unknown, p: FlashAttentionProblem) => ({
-    q_len: p.qLen,
-    first_position: p.firstPosition,
-    blocks: p.blocks,
-    first_head: p.range.first,
-    scale_log2: p.scale * Math.LOG2E,
-    one: 1,
-  }),
-} as const;
+const bindings = file("bindings", bindingsText);
 
-/** Causal attention of `qLen` queries over the cache, whose last keys are the queries' own. */
-export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem> = {
-  name: "flash_attention/tiled",
-  sources: [bindings, { file: "flash_attention/tiled.wgsl", text: tiledText }, kvBlocks, tripsHelper],
-  ...common,
+/** What the kernels of one text differ in, whatever they walk over. */
+interface AttentionText<V> {
+  readonly name: string;
+  readonly sources: readonly ShaderFile[];
+  /** Queries of a workgroup; divides a block of the cache where lists are walked. */
+  tileQ(v: V): number;
+  header(v: V): ShaderHeader;
+  workgroupBytes(v: V): number;
+  workgroupInvocations(v: V): number;
+  /** @param tiles of queries */
+  grid(v: V, heads: number, tiles: number): Grid;
+}
+
+function attentionKernel<V>(
+  text: AttentionText<V>,
+  walk: AttentionWalk,
+): Kernel<V, FlashAttentionProblem> {
+  const isSparse = walk === "lists";
+  return {
+    name: `flash_attention/${isSparse ? "sparse_" : ""}${text.name}`,
+    sources: [
+      ...text.sources,
+      ...(isSparse
+        ? [file("list_bindings", listBindingsText), file("walk_lists", walkListsText), blockListsHelper]
+        : [file("walk_all", walkAllText)]),
+      kvBlocks,
+    ],
+    bindings: {
+      qkv: "read",
+      k: "read",
+      v: "read",
+      block_table: "read",
+      out: "read_write",
+      ...(isSparse ? { block_lists: "read" } as const : {}),
+    },
+    params: {
+      q_len: "u32",
+      first_position: "u32",
+      blocks: "u32",
+      first_head: "u32",
+      scale_log2: "f32",
+      one: "u32",
+    },
+    header: (v) => text.header(v),
+    workgroupBytes: (v) => text.workgroupBytes(v),
+    workgroupInvocations: (v) => text.workgroupInvocations(v),
+    values: (_, p) => ({
+      q_len: p.qLen,
+      first_position: p.firstPosition,
+      blocks: p.blocks,
+      first_head: p.range.first,
+      scale_log2: p.scale * Math.LOG2E,
+      one: 1,
+    }),
+    grid(v, { qLen, firstPosition, range }) {
+      const tile = text.tileQ(v);
+      // Tiles that follow lists begin at multiples of their size.
+      const before = isSparse ? firstPosition % tile : 0;
+      return text.grid(v, range.heads, Math.ceil((before + qLen) / tile));
+    },
+  };
+}
+
+const tiledText: AttentionText<FlashAttentionVariant> = {
+  name: "tiled",
+  sources: [bindings, file("tiled", tiledShader), tripsHelper],
+  tileQ: (v) => v.tileQ,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
@@ -111,19 +167,18 @@ export const tiledAttention: Kernel<FlashAttentionVariant, FlashAttentionProblem
   }),
   workgroupBytes: (v) => 2 * 16 * v.headDim4 * v.tileKv, // k_tile + v_tile
   workgroupInvocations: (v) => v.tileQ,
-  grid: (v, p) => [Math.ceil(p.qLen / v.tileQ), p.range.heads, 1],
+  grid: (_, heads, tiles) => [tiles, heads, 1],
 };
 
-/** The same with both products tiled in registers, for the heads of published models. */
-export const registerTiledAttention: Kernel<RegisterTiledVariant, FlashAttentionProblem> = {
-  name: "flash_attention/register_tiled",
-  sources: [
-    bindings,
-    { file: "flash_attention/register_tiled.wgsl", text: registerTiledText },
-    kvBlocks,
-    tripsHelper,
-  ],
-  ...common,
+/** Causal attention of `qLen` queries over the cache, whose last keys are the queries' own. */
+export const tiledAttention = attentionKernel(tiledText, "all");
+/** The same over the blocks of keys that lists name. */
+export const sparseTiledAttention = attentionKernel(tiledText, "lists");
+
+const registerTiledText: AttentionText<RegisterTiledVariant> = {
+  name: "register_tiled",
+  sources: [bindings, file("register_tiled", registerTiledShader), tripsHelper],
+  tileQ: (v) => v.tileQ,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
@@ -141,11 +196,17 @@ export const registerTiledAttention: Kernel<RegisterTiledVariant, FlashAttention
     16 * tileQ * (tileKv / 4 + 1) + // p_tile
     4 * tileQ * (tileKv / 4 + 1), // row_part + row_scale
   workgroupInvocations: (v) => v.lanes,
-  grid: (v, p) => [p.range.heads, Math.ceil(p.qLen / v.tileQ), 1],
+  grid: (_, heads, tiles) => [heads, tiles, 1],
 };
+
+/** The same with both products tiled in registers, for the heads of published models. */
+export const registerTiledAttention = attentionKernel(registerTiledText, "all");
+export const sparseRegisterTiledAttention = attentionKernel(registerTiledText, "lists");
 
 /** Subgroups that share a tile of keys: 23 KiB of workgroup memory, so that two workgroups share a multiprocessor. */
 const ATTENTION_SUBGROUPS = 4;
+/** The same where a tile of queries must not be longer than a block of the mask. */
+const SPARSE_SUBGROUPS = KV_BLOCK / 32;
 
 /** Rows of `qkv` that attention may read, past the last query too; what is there is not used. */
 export const ATTENTION_ROWS = 32 * ATTENTION_SUBGROUPS;
@@ -155,15 +216,13 @@ export function takesMatrices(elem: Elem, headDim4: number): boolean {
   return elem === "f16" && headDim4 === 16;
 }
 
-/** The same on tensor cores, for heads of 64 columns; `qkv` has a multiple of `32 · subgroups` rows. */
-export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, FlashAttentionProblem> = {
-  name: "flash_attention/subgroup_matrix",
+const subgroupMatrixText: AttentionText<SubgroupMatrixAttentionVariant> = {
+  name: "subgroup_matrix",
   sources: [
-    { file: "flash_attention/subgroup_matrix_bindings.wgsl", text: subgroupMatrixBindingsText },
-    { file: "flash_attention/subgroup_matrix.wgsl", text: subgroupMatrixText },
-    kvBlocks,
+    file("subgroup_matrix_bindings", subgroupMatrixBindingsText),
+    file("subgroup_matrix", subgroupMatrixShader),
   ],
-  ...common,
+  tileQ: (v) => 32 * v.subgroups,
   header: (v) => ({
     aliases: { elem: "f16" },
     subgroupMatrix: true,
@@ -178,20 +237,18 @@ export const subgroupMatrixAttention: Kernel<SubgroupMatrixAttentionVariant, Fla
     16 * 32 * 9 + // kv_tile
     16, // grew
   workgroupInvocations: (v) => 32 * v.subgroups,
-  grid: (v, p) => [p.range.heads, Math.ceil(p.qLen / (32 * v.subgroups)), 1],
+  grid: (_, heads, tiles) => [heads, tiles, 1],
 };
 
-/** The same on software Vulkan. */
-export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionProblem> = {
-  name: "flash_attention/subgroup",
-  sources: [
-    bindings,
-    { file: "flash_attention/subgroup.wgsl", text: subgroupText },
-    kvBlocks,
-    subgroupRows,
-    tripsHelper,
-  ],
-  ...common,
+/** The same on tensor cores, for heads of 64 columns; `qkv` has a multiple of `32 · subgroups` rows. */
+export const subgroupMatrixAttention = attentionKernel(subgroupMatrixText, "all");
+/** `qkv` has as many rows more as the first tile of queries lacks. */
+export const sparseSubgroupMatrixAttention = attentionKernel(subgroupMatrixText, "lists");
+
+const subgroupText: AttentionText<SubgroupAttentionVariant> = {
+  name: "subgroup",
+  sources: [bindings, file("subgroup", subgroupShader), subgroupRows, tripsHelper],
+  tileQ: (v) => 2 * v.subgroup,
   header: (v) => ({
     aliases: { elem: v.elem },
     subgroup: v.subgroup,
@@ -199,11 +256,16 @@ export const subgroupAttention: Kernel<SubgroupAttentionVariant, FlashAttentionP
   }),
   workgroupBytes: () => 0,
   workgroupInvocations: (v) => v.subgroup,
-  grid(v, p) {
-    const tile = 2 * v.subgroup; // queries, and vectors of an output row
-    return [Math.ceil(p.qLen / tile), p.range.heads, Math.ceil(v.headDim4 / tile)];
-  },
+  // As many vectors of an output row as queries.
+  grid: (v, heads, tiles) => [tiles, heads, Math.ceil(v.headDim4 / (2 * v.subgroup))],
 };
+
+/** The same on software Vulkan. */
+export const subgroupAttention = attentionKernel(subgroupText, "all");
+export const sparseSubgroupAttention = attentionKernel(subgroupText, "lists");
+
+/** What a tile of queries attends to: all keys before it, or those of a block mask. */
+export type AttentionWalk = "all" | "lists";
 
 /** Candidates in order of preference; `unroll` is false on software adapters only. */
 export function attentionCandidates(
@@ -211,17 +273,22 @@ export function attentionCandidates(
   heads: number,
   headDim4: number,
   unroll: boolean,
+  walk: AttentionWalk = "all",
 ): Op<FlashAttentionProblem>[] {
+  const isSparse = walk === "lists";
   const forSoftware = [8, 4].map((subgroup) =>
-    op(subgroupAttention, { elem, heads, headDim4, subgroup, unroll })
+    op(isSparse ? sparseSubgroupAttention : subgroupAttention, { elem, heads, headDim4, subgroup, unroll })
   );
+  const forMatrices = isSparse
+    ? op(sparseSubgroupMatrixAttention, { heads, subgroups: SPARSE_SUBGROUPS })
+    : op(subgroupMatrixAttention, { heads, subgroups: ATTENTION_SUBGROUPS });
   return [
     ...(unroll ? [] : forSoftware),
-    ...(takesMatrices(elem, headDim4)
-      ? [op(subgroupMatrixAttention, { heads, subgroups: ATTENTION_SUBGROUPS })]
-      : []),
-    ...registerTiledVariants(elem, heads, headDim4, unroll).map((v) => op(registerTiledAttention, v)),
-    ...flashAttentionVariants(elem, heads, headDim4, unroll).map((v) => op(tiledAttention, v)),
+    ...(takesMatrices(elem, headDim4) ? [forMatrices] : []),
+    ...registerTiledVariants(elem, heads, headDim4, unroll)
+      .map((v) => op(isSparse ? sparseRegisterTiledAttention : registerTiledAttention, v)),
+    ...flashAttentionVariants(elem, heads, headDim4, unroll)
+      .map((v) => op(isSparse ? sparseTiledAttention : tiledAttention, v)),
   ];
 }
 

@@ -33,10 +33,13 @@ fn main(
 ) {
     let head = params.first_head + workgroup.x;
     // Late tiles attend to the most keys: those of all heads are started first, so that none runs alone at the end.
-    let first_query = (grid.y - 1u - workgroup.y) * TILE_Q;
-    let first_visible = params.first_position + first_query;        // the last key that the first query sees
-    let kv_end = params.first_position + min(first_query + TILE_Q, params.q_len);
-    let last_tile = (kv_end - 1u) / TILE_KV * TILE_KV;
+    let tile_q = grid.y - 1u - workgroup.y;
+    let first_query = first_query_of(tile_q);
+    let query_end = query_end_of(tile_q);
+    let first_position = params.first_position + first_query;
+    let kv_end = params.first_position + query_end;
+    let walk = walk_of(head, first_query, kv_end);
+    let last_tile = max(walk.tiles, 1u) - 1u;
     let key_group = lane % KEY_GROUPS;
     let row_group = lane / KEY_GROUPS;
     let column = lane % HEAD_DIM4;
@@ -45,7 +48,7 @@ fn main(
     for (var i = lane; i < TILE_Q * HEAD_DIM4; i += LANES) {
         let query = first_query + i / HEAD_DIM4;
         var value = vec4f(0.0);
-        if (query < params.q_len) {
+        if (query < query_end) {
             value = vec4f(qkv[(3u * query * HEADS + head) * HEAD_DIM4 + i % HEAD_DIM4]) * params.scale_log2;
         }
         q_tile[i / HEAD_DIM4 * STRIDE4 + i % HEAD_DIM4] = value;
@@ -61,14 +64,15 @@ fn main(
     let slot_step = LANES / HEAD_DIM4 * STRIDE4;
     var k_next: array<vec4<elem>, LOADS>;
     var v_next: array<vec4<elem>, LOADS>;
-    var next = kv_row(workgroup.x, 0u) * HEAD_DIM4 + lane;
+    var next = kv_row(workgroup.x, key_of(walk, 0u)) * HEAD_DIM4 + lane;
     for (var i = 0u; i < trips(LOADS); i++) {
         k_next[i] = k[next + i * LANES];
         v_next[i] = v[next + i * LANES];
     }
 
-    for (var first = 0u; first < kv_end; first += TILE_KV) {
-        next = kv_row(workgroup.x, min(first + TILE_KV, last_tile)) * HEAD_DIM4 + lane;
+    for (var tile = 0u; tile < walk.tiles; tile++) {
+        let first = key_of(walk, tile);
+        next = kv_row(workgroup.x, key_of(walk, min(tile + 1u, last_tile))) * HEAD_DIM4 + lane;
         for (var i = 0u; i < trips(LOADS); i++) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
             let is_key = first + (lane + i * LANES) / HEAD_DIM4 < kv_end;
@@ -98,10 +102,10 @@ fn main(
             }
             for (var i = 0u; i < ROWS; i++) { s[i] += part[i]; }
         }
-        if (first + TILE_KV > first_visible + 1u) {
+        if (hides(walk, tile)) {
             let key = vec4u(first + key_group) + vec4u(0u, 1u, 2u, 3u) * KEY_GROUPS;
             for (var i = 0u; i < ROWS; i++) {
-                let last = vec4u(first_visible + row_group + ROW_GROUPS * i);
+                let last = vec4u(first_position + row_group + ROW_GROUPS * i);
                 s[i] = select(vec4f(MASKED), s[i], key <= last);
             }
         }
@@ -118,7 +122,7 @@ fn main(
         }
         for (var i = 0u; i < ROWS; i++) {
             let row = row_group + ROW_GROUPS * i;
-            // Key 0 is in the first tile and every query sees it: m is a real score from then on.
+            // Every query sees the first key of its first tile: m is a real score from then on.
             var m_new = m[i];
             for (var g = 0u; g < KEY_GROUPS; g++) { m_new = max(m_new, row_part[row * KEY_GROUPS + g]); }
             let rescale = exp2(m[i] - m_new);
@@ -152,8 +156,8 @@ fn main(
         let row = o_group + O_GROUPS * i;
         var sum = 0.0;
         for (var g = 0u; g < KEY_GROUPS; g++) { sum += row_part[row * KEY_GROUPS + g]; }
-        if (first_query + row < params.q_len) {
-            out[((first_query + row) * HEADS + head) * HEAD_DIM4 + column] = vec4<elem>(o[i] / sum);
+        if (first_query + row < query_end) {
+            out[((first_query + row) * HEADS + head) * HEAD_DIM4 + column] = vec4<elem>(normalized(o[i], sum));
         }
     }
 }

@@ -1,10 +1,13 @@
 // The attention of tiled.wgsl without workgroup memory or barriers: one subgroup, which is the whole workgroup, a
 // (tile of 2 · SUBGROUP queries, head, strip of 8 · SUBGROUP columns of the output).
-// For scores a lane holds two queries; it loads two keys of each group of 2 · SUBGROUP, and the others' come by
+// For scores a lane holds two queries; it loads two keys of each tile of 2 · SUBGROUP, and the others' come by
 // broadcast. For the output a lane holds eight columns of all queries; it loads these of a value, and the queries'
 // probabilities come by broadcast. For software Vulkan, for the reasons given in matmul/subgroup.wgsl.
 
-// Of 2 · SUBGROUP keys; of the vectors, the first SUBGROUP / 2 are used.
+const TILE_Q = 2u * SUBGROUP;
+const TILE_KV = 2u * SUBGROUP;
+
+// Of TILE_KV keys; of the vectors, the first SUBGROUP / 2 are used.
 alias Scores = array<vec4f, 4>;
 
 fn low_scores(q: vec4f, key: vec4f) -> vec4f {
@@ -49,20 +52,27 @@ fn largest(s: vec4f) -> f32 {
 // Turns scores into probabilities below the maximum so far, and returns the factor of what was summed below the last.
 fn soften(
     s: ptr<function, Scores>,
+    is_partial: bool,
     first_key: u32,
     position: u32,
     m: ptr<function, f32>,
     l: ptr<function, f32>,
 ) -> f32 {
-    let s0 = masked((*s)[0], first_key, position);
-    let s1 = masked((*s)[1], first_key + 4u, position);
+    var s0 = (*s)[0];
+    var s1 = (*s)[1];
     var s2 = vec4f(MASKED);
     var s3 = vec4f(MASKED);
     if (SUBGROUP == 8u) {
-        s2 = masked((*s)[2], first_key + 8u, position);
-        s3 = masked((*s)[3], first_key + 12u, position);
+        s2 = (*s)[2];
+        s3 = (*s)[3];
     }
-    // Key 0 is in the first group and every query sees it: m is a real score from then on.
+    if (is_partial) {
+        s0 = masked(s0, first_key, position);
+        s1 = masked(s1, first_key + 4u, position);
+        s2 = masked(s2, first_key + 8u, position);
+        s3 = masked(s3, first_key + 12u, position);
+    }
+    // Every query sees the first key of its first tile: m is a real score from then on.
     let m_new = max(*m, largest(max(max(s0, s1), max(s2, s3))));
     let rescale = exp2(*m - m_new);
     *m = m_new;
@@ -108,8 +118,8 @@ fn scale(rows: ptr<function, Rows>, factor: f32) {
     }
 }
 
-fn store(query: u32, head: u32, column4: u32, o: vec4f) {
-    if (query < params.q_len && column4 < HEAD_DIM4) {
+fn store(query: u32, query_end: u32, head: u32, column4: u32, o: vec4f) {
+    if (query < query_end && column4 < HEAD_DIM4) {
         out[(query * HEADS + head) * HEAD_DIM4 + column4] = vec4<elem>(o);
     }
 }
@@ -121,12 +131,15 @@ fn main(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let head = params.first_head + workgroup.y;
-    let first_query = (grid.x - 1u - workgroup.x) * 2u * SUBGROUP;
-    let query0 = min(first_query + lane, params.q_len - 1u);
-    let query1 = min(first_query + SUBGROUP + lane, params.q_len - 1u);
+    let tile_q = grid.x - 1u - workgroup.x;
+    let first_query = first_query_of(tile_q);
+    let query_end = query_end_of(tile_q);
+    let query0 = min(first_query + lane, query_end - 1u);
+    let query1 = min(first_query + SUBGROUP + lane, query_end - 1u);
     let q0 = (3u * query0 * HEADS + head) * HEAD_DIM4;
     let q1 = (3u * query1 * HEADS + head) * HEAD_DIM4;
-    let kv_end = params.first_position + min(first_query + 2u * SUBGROUP, params.q_len);
+    let kv_end = params.first_position + query_end;
+    let walk = walk_of(head, first_query, kv_end);
     let left4 = workgroup.z * 2u * SUBGROUP + lane;
     let right4 = left4 + SUBGROUP;
 
@@ -139,8 +152,12 @@ fn main(
     var m1 = MASKED;
     var l0 = 0.0;
     var l1 = 0.0;
-    for (var first = 0u; first < kv_end; first += 2u * SUBGROUP) {
-        // A group lies within a block. Keys past the last repeat it: what the cache holds there may be anything, NaN
+    for (var tile = 0u; tile < walk.tiles; tile++) {
+        let first = key_of(walk, tile);
+        // A tile of keys that lies behind the last query: the rest of a listed block has no more.
+        if (first >= kv_end) { break; }
+        let is_partial = hides(walk, tile);
+        // A tile lies within a block. Keys past the last repeat it: what the cache holds there may be anything, NaN
         // included.
         let row = kv_row(workgroup.y, first);
         let last = kv_end - 1u - first;
@@ -156,8 +173,8 @@ fn main(
             add_scores(&p0, a0, key0, key1);
             add_scores(&p1, a1, key0, key1);
         }
-        let rescale0 = soften(&p0, first, params.first_position + query0, &m0, &l0);
-        let rescale1 = soften(&p1, first, params.first_position + query1, &m1, &l1);
+        let rescale0 = soften(&p0, is_partial, first, params.first_position + query0, &m0, &l0);
+        let rescale1 = soften(&p1, is_partial, first, params.first_position + query1, &m1, &l1);
         scale(&left0, rescale0);
         scale(&left1, rescale1);
         scale(&right0, rescale0);
@@ -178,14 +195,17 @@ fn main(
         }
     }
 
-    scale(&left0, 1.0 / l0);
-    scale(&left1, 1.0 / l1);
-    scale(&right0, 1.0 / l0);
-    scale(&right1, 1.0 / l1);
+    // Zeros for a query that attends to nothing.
+    let weight0 = select(1.0 / l0, 0.0, l0 == 0.0);
+    let weight1 = select(1.0 / l1, 0.0, l1 == 0.0);
+    scale(&left0, weight0);
+    scale(&left1, weight1);
+    scale(&right0, weight0);
+    scale(&right1, weight1);
     for (var first = first_query; first < first_query + trips(2u * SUBGROUP); first += SUBGROUP) {
         for (var query = first; query < first + trips(SUBGROUP); query++) {
-            store(query, head, left4, pop_row(&left0));
-            store(query, head, right4, pop_row(&right0));
+            store(query, query_end, head, left4, pop_row(&left0));
+            store(query, query_end, head, right4, pop_row(&right0));
         }
         left0 = left1;
         right0 = right1;

@@ -75,10 +75,12 @@ fn sum_of(a: vec4f) -> f32 {
     return (a.x + a.y) + (a.z + a.w);
 }
 
-// One row's scores of the tile that starts at key `first` become probabilities, in place; returns what the row's output
+// One row's scores of a tile of keys that starts at `first` become probabilities, in place; returns what the row's output
 // must be multiplied by.
-fn softmax(row: u32, first: u32, position: u32, hides: bool, m: ptr<function, f32>, l: ptr<function, f32>) -> f32 {
-    if (hides) {
+fn softmax(
+    row: u32, tile: u32, first: u32, position: u32, is_partial: bool, m: ptr<function, f32>, l: ptr<function, f32>,
+) -> f32 {
+    if (is_partial) {
         for (var j = 0u; j < TILE_KV / 4u; j++) {
             let keys = vec4u(first + 4u * j) + vec4u(0u, 1u, 2u, 3u);
             let scores = select(vec4f(MASKED), bitcast<vec4f>(arena[row + j]), keys <= vec4u(position));
@@ -93,13 +95,13 @@ fn softmax(row: u32, first: u32, position: u32, hides: bool, m: ptr<function, f3
         packed[j] = pack(p[0], p[1]);
     }
     let sum = sum_of(sums);
-    if (first != 0u && sum <= LIMIT) {
+    if (tile != 0u && sum <= LIMIT) {
         for (var j = 0u; j < TILE_KV / 8u; j++) { arena[row + j] = packed[j]; }
         *l += sum;
         return 1.0;
     }
 
-    // On the first tile m is still to be found: key 0 is in it and every query sees it, so m is a real score from then on.
+    // On the first tile m is still to be found: every query sees its first key, so m is a real score from then on.
     var top = bitcast<vec4f>(arena[row]);
     for (var j = 1u; j < TILE_KV / 4u; j++) { top = max(top, bitcast<vec4f>(arena[row + j])); }
     let largest = max(max(top.x, top.y), max(top.z, top.w)) * params.scale_log2;
@@ -113,7 +115,7 @@ fn softmax(row: u32, first: u32, position: u32, hides: bool, m: ptr<function, f3
     }
     *l = fma(*l, rescale, sum_of(sums));
     // Before the first tile there is no output to rescale.
-    if (first != 0u) { grew = 1u; }
+    if (tile != 0u) { grew = 1u; }
     return rescale;
 }
 
@@ -125,11 +127,11 @@ fn rescale_row(row: u32, rescale: f32) {
 }
 
 // Half of the columns of a finished row, which this lane has in its row of the arena.
-fn store_half(row: u32, query: u32, head: u32, half: u32, l: f32) {
-    if (query >= params.q_len) { return; }
+fn store_half(row: u32, query: u32, query_end: u32, head: u32, half: u32, l: f32) {
+    if (query >= query_end) { return; }
     for (var d = 0u; d < HEAD_DIM8 / 2u; d++) {
-        let a = bitcast<vec4f>(arena[row + 2u * d]) / l;
-        let b = bitcast<vec4f>(arena[row + 2u * d + 1u]) / l;
+        let a = normalized(bitcast<vec4f>(arena[row + 2u * d]), l);
+        let b = normalized(bitcast<vec4f>(arena[row + 2u * d + 1u]), l);
         out[(query * HEADS + head) * HEAD_DIM8 + half * HEAD_DIM8 / 2u + d] = pack(a, b);
     }
 }
@@ -143,11 +145,13 @@ fn main(
 ) {
     let head = params.first_head + workgroup.x;
     // Late tiles attend to the most keys: those of all heads are started first, so that none runs alone at the end.
-    let first_query = (grid.y - 1u - workgroup.y) * TILE_Q;
-    let first_visible = params.first_position + first_query;
-    let kv_end = params.first_position + min(first_query + TILE_Q, params.q_len);
-    let last_tile = (kv_end - 1u) / TILE_KV * TILE_KV;
-    let position = first_visible + lane;
+    let tile_q = grid.y - 1u - workgroup.y;
+    let first_query = first_query_of(tile_q);
+    let query_end = query_end_of(tile_q);
+    let kv_end = params.first_position + query_end;
+    let walk = walk_of(head, first_query, kv_end);
+    let last_tile = max(walk.tiles, 1u) - 1u;
+    let position = params.first_position + first_query + lane;
     let row = lane * STRIDE;                                   // this lane's row of the arena
     let upper = 32u * subgroup * STRIDE;                       // this subgroup's first and second 16 rows
     let lower = upper + 16u * STRIDE;
@@ -180,18 +184,19 @@ fn main(
     let slot_step = LANES / HEAD_DIM8 * KV_STRIDE;
     var k_next = array<vec4u, KV_LOADS>();
     var v_next = array<vec4u, KV_LOADS>();
-    var next = kv_row(workgroup.x, 0u) * HEAD_DIM8 + lane;
+    var next = kv_row(workgroup.x, key_of(walk, 0u)) * HEAD_DIM8 + lane;
     for (var i = 0u; i < KV_LOADS; i++) {
         k_next[i] = k[next + i * LANES];
         v_next[i] = v[next + i * LANES];
     }
-    next = kv_row(workgroup.x, min(TILE_KV, last_tile)) * HEAD_DIM8 + lane;
+    next = kv_row(workgroup.x, key_of(walk, min(1u, last_tile))) * HEAD_DIM8 + lane;
 
-    var first = 0u;                                            // the first key of this round's tile
-    loop {
+    var tile = 0u;
+    while (tile < walk.tiles) {
         var is_done = false;
         // Round after round, until some row's m is renewed or the keys end.
         loop {
+            let first = key_of(walk, tile);
             for (var i = 0u; i < KV_LOADS; i++) { kv_tile[slot + i * slot_step] = k_next[i]; }
             workgroupBarrier();
             for (var i = 0u; i < KV_LOADS; i++) { k_next[i] = k[next + i * LANES]; }
@@ -204,8 +209,8 @@ fn main(
                 kv_tile[slot + i * slot_step] = select(vec4u(0u), v_next[i], key < kv_end);
                 v_next[i] = v[next + i * LANES];
             }
-            next = kv_row(workgroup.x, min(first + 2u * TILE_KV, last_tile)) * HEAD_DIM8 + lane;
-            rescale = softmax(row, first, position, first + TILE_KV > first_visible + 1u, &m, &l);
+            next = kv_row(workgroup.x, key_of(walk, min(tile + 2u, last_tile))) * HEAD_DIM8 + lane;
+            rescale = softmax(row, tile, first, position, hides(walk, tile), &m, &l);
             if (workgroupUniformLoad(&grew) != 0u) { break; }
             {
                 let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper, STRIDE);
@@ -241,8 +246,8 @@ fn main(
             }
             // The next keys and scores must not overwrite what is still being loaded.
             workgroupBarrier();
-            first += TILE_KV;
-            if (first >= kv_end) {
+            tile++;
+            if (tile >= walk.tiles) {
                 is_done = true;
                 break;
             }
@@ -314,8 +319,7 @@ fn main(
             o13 = multiply(p1, v3, o13);
         }
         workgroupBarrier();
-        first += TILE_KV;
-        if (first >= kv_end) { break; }
+        tile++;
     }
 
     subgroupMatrixStore<row_major>(&arena, upper, o00, STRIDE);
@@ -323,12 +327,12 @@ fn main(
     subgroupMatrixStore<row_major>(&arena, lower, o10, STRIDE);
     subgroupMatrixStore<row_major>(&arena, lower + 4u, o11, STRIDE);
     workgroupBarrier();
-    store_half(row, first_query + lane, head, 0u, l);
+    store_half(row, first_query + lane, query_end, head, 0u, l);
     workgroupBarrier();
     subgroupMatrixStore<row_major>(&arena, upper, o02, STRIDE);
     subgroupMatrixStore<row_major>(&arena, upper + 4u, o03, STRIDE);
     subgroupMatrixStore<row_major>(&arena, lower, o12, STRIDE);
     subgroupMatrixStore<row_major>(&arena, lower + 4u, o13, STRIDE);
     workgroupBarrier();
-    store_half(row, first_query + lane, head, 1u, l);
+    store_half(row, first_query + lane, query_end, head, 1u, l);
 }

@@ -1,5 +1,5 @@
 // out[i] = Σ_j softmax_j(q[i]·k[j] · scale) v[j] over j <= first_position + i: exact causal attention that never holds
-// more than TILE_Q × KEYS scores. Tiling: Dao et al. 2022, algorithm 1, with the loops exchanged as in FlashAttention-2
+// more than TILE_Q × KEYS scores, over all keys or those of a block mask (walk_all.wgsl, walk_lists.wgsl). Tiling: Dao et al. 2022, algorithm 1, with the loops exchanged as in FlashAttention-2
 // (Dao 2023, section 3.1). Online softmax: Milakov & Gimelshein 2018, here in base 2 with log2(e) folded into the scale.
 //
 // One workgroup a (tile of TILE_Q queries, head), one invocation a query: its q, its running maximum m, sum l and
@@ -16,31 +16,35 @@ fn main(
 ) {
     let head = params.first_head + workgroup.y;
     // Late tiles attend to the most keys: started first, they do not run alone at the end.
-    let first_query = (grid.x - 1u - workgroup.x) * TILE_Q;
+    let tile_q = grid.x - 1u - workgroup.x;
+    let first_query = first_query_of(tile_q);
+    let query_end = query_end_of(tile_q);
     let query = first_query + lane;
     let position = params.first_position + query;
-    let last_query = min(first_query + TILE_Q, params.q_len) - 1u;
-    let kv_end = params.first_position + last_query + 1u;
+    let kv_end = params.first_position + query_end;
+    let walk = walk_of(head, first_query, kv_end);
 
     var q: array<vec4f, HEAD_DIM4>;
     var o: array<vec4f, HEAD_DIM4>;
     var m = MASKED;
     var l = 0.0;
-    if (query < params.q_len) {
+    if (query < query_end) {
         for (var d = 0u; d < trips(HEAD_DIM4); d++) {
             q[d] = vec4f(qkv[(3u * query * HEADS + head) * HEAD_DIM4 + d]) * params.scale_log2;
         }
     }
 
-    for (var first = 0u; first < kv_end; first += TILE_KV) {
-        let tile = kv_row(workgroup.y, first) * HEAD_DIM4;
+    for (var tile = 0u; tile < walk.tiles; tile++) {
+        let first = key_of(walk, tile);
+        let is_partial = hides(walk, tile);
+        let row = kv_row(workgroup.y, first) * HEAD_DIM4;
         for (var i = lane; i < TILE_KV * HEAD_DIM4; i += TILE_Q) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
             var key = vec4f(0.0);
             var value = vec4f(0.0);
             if (first + i / HEAD_DIM4 < kv_end) {
-                key = vec4f(k[tile + i]);
-                value = vec4f(v[tile + i]);
+                key = vec4f(k[row + i]);
+                value = vec4f(v[row + i]);
             }
             k_tile[i] = key;
             v_tile[i] = value;
@@ -54,9 +58,9 @@ fn main(
                 for (var d = 0u; d < trips(HEAD_DIM4); d++) {
                     products = fma(q[d], k_tile[(group + j) * HEAD_DIM4 + d], products);
                 }
-                let score = (products.x + products.y) + (products.z + products.w);
-                // Key 0 is in the first group and every query sees it: m is a real score from then on.
-                s[j] = select(MASKED, score, first + group + j <= position);
+                s[j] = (products.x + products.y) + (products.z + products.w);
+                // Every query sees the first key of its first group: m is a real score from then on.
+                if (is_partial) { s[j] = select(MASKED, s[j], first + group + j <= position); }
                 m_new = max(m_new, s[j]);
             }
             let rescale = exp2(m - m_new);
@@ -74,8 +78,8 @@ fn main(
         workgroupBarrier();
     }
 
-    if (query >= params.q_len) { return; }
+    if (query >= query_end) { return; }
     for (var d = 0u; d < trips(HEAD_DIM4); d++) {
-        out[(query * HEADS + head) * HEAD_DIM4 + d] = vec4<elem>(o[d] / l);
+        out[(query * HEADS + head) * HEAD_DIM4 + d] = vec4<elem>(normalized(o[d], l));
     }
 }

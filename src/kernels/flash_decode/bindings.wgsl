@@ -1,4 +1,5 @@
-// partial_out is not yet divided by the sum; partial_ml has the maximum (base 2) and the sum.
+// partial_out is not yet divided by the sum; partial_ml has the maximum (base 2) and the sum, which is 0 for a slice that a
+// sequence does not have and never for another.
 @group(0) @binding(0) var<storage, read> qkv: array<vec4<elem>>;           // [sequences, 3, HEADS, HEAD_DIM4]
 @group(0) @binding(1) var<storage, read_write> k: array<vec4<elem>>;       // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
 @group(0) @binding(2) var<storage, read_write> v: array<vec4<elem>>;       // [heads here, blocks, KV_BLOCK, HEAD_DIM4]
@@ -10,20 +11,22 @@
 // A score no real one reaches, and finite: the difference of two masked scores is 0, not NaN.
 const MASKED = -3.0e38;
 
-// The keys of one workgroup: rows [first, end) of the cache, and in the last slice also the new token, which
-// is row `end`.
+// The blocks of one workgroup, [first, end) of those that its query attends to. The last slice also has the new token,
+// which is row `length` of the sequence, and is attended to unless a mask leaves its block out.
 struct Slice {
-    exists: bool,
-    is_last: bool,
     first: u32,
     end: u32,
+    is_last: bool,
+    sees_new: bool,
 }
 
-fn slice_of(length: u32, split: u32) -> Slice {
-    let kv_len = length + 1u;
-    let splits = split_count(kv_len);
-    let keys = blocks_per_split(kv_len) * KV_BLOCK;
-    return Slice(split < splits, split + 1u == splits, split * keys, min((split + 1u) * keys, length));
+// Slices that there are not have no blocks; whoever sees nothing at all has one such slice, which is its last.
+fn slice_of(kept: Kept, split: u32) -> Slice {
+    let blocks = blocks_per_split(kept.count);
+    let first = min(split * blocks, kept.count);
+    let end = min(first + blocks, kept.count);
+    let is_last = end == kept.count && (first < end || split == 0u);
+    return Slice(first, end, is_last, is_last && kept.sees_new);
 }
 
 // As kv_row of shared/kv_blocks.wgsl, for a table with a line for each sequence.

@@ -1,13 +1,6 @@
+import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import {
-  distinct,
-  type Elem,
-  type Grid,
-  type Kernel,
-  type Op,
-  op,
-  type ShaderFile,
-} from "../../runtime/kernel.ts";
-import {
+  blockListsHelper,
   type HeadRange,
   KV_BLOCK,
   MAX_SPLITS,
@@ -16,7 +9,10 @@ import {
   tripsHelper,
   unrollConst,
 } from "../shared/shared.ts";
+import allBlocksText from "./all_blocks.wgsl" with { type: "text" };
 import bindingsText from "./bindings.wgsl" with { type: "text" };
+import listedBlocksText from "./listed_blocks.wgsl" with { type: "text" };
+import selectedBlocksText from "./selected_blocks.wgsl" with { type: "text" };
 import splitText from "./split_kv.wgsl" with { type: "text" };
 import subgroupText from "./subgroup_split_kv.wgsl" with { type: "text" };
 
@@ -57,31 +53,69 @@ export interface SplitKvProblem {
   readonly range: HeadRange;
 }
 
-const bindings: ShaderFile = { file: "flash_decode/bindings.wgsl", text: bindingsText };
+/** Which blocks of keys a new token attends to: all, those of a block mask, or those chosen for it in this step. */
+export type DecodeBlocks = "all" | "listed" | "selected";
 
-const common = {
-  bindings: {
-    qkv: "read",
-    k: "read_write",
-    v: "read_write",
-    block_table: "read",
-    sequences: "read",
-    partial_out: "read_write",
-    partial_ml: "read_write",
+const file = (name: string, text: string): ShaderFile => ({ file: `flash_decode/${name}.wgsl`, text });
+
+const bindings = file("bindings", bindingsText);
+
+/** What the kernels differ in by the blocks that they walk over. */
+const BLOCKS = {
+  all: { prefix: "", sources: [file("all_blocks", allBlocksText)], bindings: {} },
+  listed: {
+    prefix: "sparse_",
+    sources: [file("listed_blocks", listedBlocksText), blockListsHelper],
+    bindings: { block_lists: "read" },
   },
-  paramsIn: "uniform",
-  params: { blocks: "u32", table_blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
-  values: (_: unknown, p: SplitKvProblem) => ({
-    blocks: p.blocks,
-    table_blocks: p.tableBlocks,
-    first_head: p.range.first,
-    scale_log2: p.scale * Math.LOG2E,
-    one: 1,
-  }),
-  // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
-  // once.
-  grid: (v: CommonVariant, p: SplitKvProblem): Grid => [v.maxSplits, p.range.heads, p.sequences],
-} as const;
+  selected: {
+    prefix: "topk_",
+    sources: [file("selected_blocks", selectedBlocksText)],
+    bindings: { selected: "read" },
+  },
+} as const satisfies Record<
+  DecodeBlocks,
+  { prefix: string; sources: readonly ShaderFile[]; bindings: Kernel<never, never>["bindings"] }
+>;
+
+/** The kernels of one text, by the blocks that they walk over. */
+type ByBlocks<V> = Readonly<Record<DecodeBlocks, Kernel<V, SplitKvProblem>>>;
+
+function splitKvKernels<V extends CommonVariant>(
+  name: string,
+  body: readonly ShaderFile[],
+  own: Pick<Kernel<V, SplitKvProblem>, "header" | "workgroupBytes">,
+): ByBlocks<V> {
+  const kernel = (blocks: DecodeBlocks): Kernel<V, SplitKvProblem> => ({
+    name: `flash_decode/${BLOCKS[blocks].prefix}${name}`,
+    sources: [bindings, ...BLOCKS[blocks].sources, ...body, sequenceStruct, splitsHelper],
+    bindings: {
+      qkv: "read",
+      k: "read_write",
+      v: "read_write",
+      block_table: "read",
+      sequences: "read",
+      partial_out: "read_write",
+      partial_ml: "read_write",
+      ...BLOCKS[blocks].bindings,
+    },
+    paramsIn: "uniform",
+    params: { blocks: "u32", table_blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
+    values: (_, p) => ({
+      blocks: p.blocks,
+      table_blocks: p.tableBlocks,
+      first_head: p.range.first,
+      scale_log2: p.scale * Math.LOG2E,
+      one: 1,
+    }),
+    // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
+    // once.
+    grid: (v, p) => [v.maxSplits, p.range.heads, p.sequences],
+    workgroupInvocations: (v) => v.lanes,
+    ...own,
+  });
+  return { all: kernel("all"), listed: kernel("listed"), selected: kernel("selected") };
+}
 
 function commonConsts(v: CommonVariant) {
   return {
@@ -109,62 +143,52 @@ function aligned(bytes: number): number {
 /**
  * One step of decoding, of several sequences at once: appends each one's new key and value to the cache, and
  * leaves the attention of its query over slices of the keys in `partial_out` and `partial_ml`, unnormalised.
- * Of the `maxSplits` slices that there is room for, only the first `split_count(length + 1)` are written.
+ * Of the `maxSplits` slices that there is room for, those that a sequence does not have get the sum 0 in `partial_ml`,
+ * and nothing in `partial_out`.
  */
-export const splitKvAttention: Kernel<SplitKvVariant, SplitKvProblem> = {
-  name: "flash_decode/split_kv",
-  sources: [
-    bindings,
-    { file: "flash_decode/split_kv.wgsl", text: splitText },
-    sequenceStruct,
-    splitsHelper,
-    tripsHelper,
-  ],
-  ...common,
-  header(v) {
-    const { groups, keys } = groupsOf(v);
-    return {
-      aliases: { elem: v.elem },
-      consts: {
-        ...commonConsts(v),
-        GROUPS: groups,
-        KEYS: keys,
-        ...unrollConst(v.unroll),
-      },
-    };
+export const splitKvAttention = splitKvKernels<SplitKvVariant>(
+  "split_kv",
+  [file("split_kv", splitText), tripsHelper],
+  {
+    header(v) {
+      const { groups, keys } = groupsOf(v);
+      return {
+        aliases: { elem: v.elem },
+        consts: {
+          ...commonConsts(v),
+          GROUPS: groups,
+          KEYS: keys,
+          ...unrollConst(v.unroll),
+        },
+      };
+    },
+    workgroupBytes(v) {
+      const { groups, keys } = groupsOf(v);
+      return aligned(4 * groups * keys * (v.rowLanes + 1)) + // products
+        aligned(4 * groups * keys) + // scores
+        16 * groups * v.headDim4 + // outs
+        aligned(8 * groups); // maxima_sums
+    },
   },
-  workgroupBytes(v) {
-    const { groups, keys } = groupsOf(v);
-    return aligned(4 * groups * keys * (v.rowLanes + 1)) + // products
-      aligned(4 * groups * keys) + // scores
-      16 * groups * v.headDim4 + // outs
-      aligned(8 * groups); // maxima_sums
-  },
-  workgroupInvocations: (v) => v.lanes,
-};
+);
 
 /** The same with subgroups, on GPUs and on software Vulkan. */
-export const subgroupSplitKvAttention: Kernel<SubgroupSplitKvVariant, SplitKvProblem> = {
-  name: "flash_decode/subgroup_split_kv",
-  sources: [
-    bindings,
-    { file: "flash_decode/subgroup_split_kv.wgsl", text: subgroupText },
-    sequenceStruct,
-    splitsHelper,
-  ],
-  ...common,
-  header: (v) => ({
-    aliases: { elem: v.elem },
-    subgroup: v.subgroup,
-    consts: { ...commonConsts(v), KEYS: v.keys },
-  }),
-  workgroupBytes(v) {
-    const subgroups = v.lanes / v.subgroup;
-    return 16 * subgroups * v.headDim4 + // outs
-      aligned(8 * subgroups); // maxima_sums
+export const subgroupSplitKvAttention = splitKvKernels<SubgroupSplitKvVariant>(
+  "subgroup_split_kv",
+  [file("subgroup_split_kv", subgroupText)],
+  {
+    header: (v) => ({
+      aliases: { elem: v.elem },
+      subgroup: v.subgroup,
+      consts: { ...commonConsts(v), KEYS: v.keys },
+    }),
+    workgroupBytes(v) {
+      const subgroups = v.lanes / v.subgroup;
+      return 16 * subgroups * v.headDim4 + // outs
+        aligned(8 * subgroups); // maxima_sums
+    },
   },
-  workgroupInvocations: (v) => v.lanes,
-};
+);
 
 /** Vectors of keys, and as many of values, that a lane may hold in registers. */
 const MAX_VECTORS = 8;
@@ -224,13 +248,15 @@ export function splitKvCandidates(
   headDim4: number,
   unroll: boolean,
   maxSplits = MAX_SPLITS,
+  blocks: DecodeBlocks = "all",
 ): Op<SplitKvProblem>[] {
   const sizes = unroll
     ? [512, 256, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }))
     : [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
   return distinct([
     ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
-      .map((v) => op(subgroupSplitKvAttention, v)),
-    ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits).map((v) => op(splitKvAttention, v)),
+      .map((v) => op(subgroupSplitKvAttention[blocks], v)),
+    ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits)
+      .map((v) => op(splitKvAttention[blocks], v)),
   ]);
 }

@@ -41,13 +41,19 @@ fn main(
         new_key[j] = qkv[new_row + HEADS * HEAD_DIM4 + j * ROW_LANES];
         new_value[j] = qkv[new_row + 2u * HEADS * HEAD_DIM4 + j * ROW_LANES];
     }
-    let slice = slice_of(sequences[sequence].length, workgroup.x);
-    if (!slice.exists) { return; }
+    let length = sequences[sequence].length;
+    let kept = kept_blocks(sequence, head, length);
+    let slice = slice_of(kept, workgroup.x);
+    let partial = (sequence * MAX_SPLITS + workgroup.x) * HEADS + head;
+    if (slice.first == slice.end && !slice.is_last) {
+        if (subgroup == 0u && lane == 0u) { partial_ml[partial] = vec2f(MASKED, 0.0); }
+        return;
+    }
 
     var m = MASKED;
     var l = 0.0;
     var o = Columns();
-    if (slice.is_last) {
+    if (slice.sees_new) {
         // The new token is attended to from here and its row of the cache is not read: nothing has to wait
         // for it.
         var product = 0.0;
@@ -60,8 +66,9 @@ fn main(
         }
     }
 
-    for (var block = slice.first; block < slice.end; block += KV_BLOCK) {
-        let end = min(block + KV_BLOCK, slice.end);
+    for (var n = slice.first; n < slice.end; n++) {
+        let block = kept_block(kept, n) * KV_BLOCK;
+        let end = min(block + KV_BLOCK, length);
         let row = kv_row_of(sequence, workgroup.y, block) * HEAD_DIM4 + column;
         for (var first = block; first < end; first += STEP) {
             // Enough bytes are on their way only if all loads stand before anything that waits for one. Keys
@@ -102,7 +109,7 @@ fn main(
 
     // Last, because no load of a key may be moved before a store among the keys.
     if (slice.is_last && group == 0u) {
-        let row = kv_row_of(sequence, workgroup.y, slice.end) * HEAD_DIM4 + column;
+        let row = kv_row_of(sequence, workgroup.y, length) * HEAD_DIM4 + column;
         for (var j = 0u; j < VECTORS; j++) {
             k[row + j * ROW_LANES] = new_key[j];
             v[row + j * ROW_LANES] = new_value[j];
@@ -125,7 +132,6 @@ fn main(
         if (lane == 0u) { maxima_sums[subgroup] = vec2f(m, l); }
     }
     workgroupBarrier();
-    let row = (sequence * MAX_SPLITS + workgroup.x) * HEADS + head;
     for (var d = subgroup * SUBGROUP + lane; d < HEAD_DIM4; d += LANES) {
         var top = MASKED;
         for (var s = 0u; s < SUBGROUPS; s++) { top = max(top, maxima_sums[s].x); }
@@ -136,7 +142,7 @@ fn main(
             sum = fma(weight, maxima_sums[s].y, sum);
             out = fma(vec4f(weight), outs[s * HEAD_DIM4 + d], out);
         }
-        partial_out[row * HEAD_DIM4 + d] = out;
-        if (d == 0u) { partial_ml[row] = vec2f(top, sum); }
+        partial_out[partial * HEAD_DIM4 + d] = out;
+        if (d == 0u) { partial_ml[partial] = vec2f(top, sum); }
     }
 }

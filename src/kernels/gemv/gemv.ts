@@ -1,6 +1,6 @@
 import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import { type Epilogue, epilogueFile, EPILOGUES, type MatmulProblem, storeFile } from "../matmul/matmul.ts";
-import { existingColumns, KV_BLOCK, sequenceStruct, splitsHelper, workgroupSum } from "../shared/shared.ts";
+import { existingColumns, workgroupSum } from "../shared/shared.ts";
 import finishSubgroupText from "./finish_subgroup.wgsl" with { type: "text" };
 import finishWorkgroupText from "./finish_workgroup.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
@@ -156,12 +156,7 @@ export const layerNormGemv = ofEachForm<LayerNormGemvVariant, LayerNormGemvProbl
   workgroupBytes: (v, form) => 16 * Math.ceil(v.rows / 2) + (form === "subgroup" ? 0 : 4 * lanesOf(v)),
 });
 
-const mergeFiles = [
-  file("merge_bindings", mergeBindingsText),
-  file("merge", mergeText),
-  sequenceStruct,
-  splitsHelper,
-];
+const mergeFiles = [file("merge_bindings", mergeBindingsText), file("merge", mergeText)];
 
 /**
  * `out[rows, columns] = epilogue(x · w + bias)` where `x[rows, heads, headDim]` is the attention of one query a row,
@@ -174,16 +169,17 @@ export const mergeGemv = ofEachForm<MergeGemvVariant, MatmulProblem>({
     workgroup: [...mergeFiles, file("merge_workgroup", mergeWorkgroupText)],
     software: [...mergeFiles, file("merge_workgroup", mergeWorkgroupText)],
   },
-  bindings: { partial_out: "read", partial_ml: "read", sequences: "read" },
+  bindings: { partial_out: "read", partial_ml: "read" },
   params: {},
   values: () => ({}),
   consts: ({ heads, headDim4, maxSplits }) => ({
     HEADS: heads,
     HEAD_DIM4: headDim4,
-    KV_BLOCK,
     MAX_SPLITS: maxSplits,
   }),
-  workgroupBytes: (v) => 4 * v.rows * v.heads * v.maxSplits, // slice_weights
+  workgroupBytes: (v) =>
+    4 * v.rows * v.heads * v.maxSplits + // slice_weights
+    16 * Math.ceil(v.rows * v.heads / 4), // slice_counts
 });
 
 /** `out[rows, columns] = epilogue(x · w + bias)` for a tensor `x[rows, inner]`. */

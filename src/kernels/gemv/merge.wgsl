@@ -1,7 +1,8 @@
 // x is the attention of split-KV, merged from its slices: with M the largest of their maxima, a slice weighs
 // 2^(m_s - M) / Σ 2^(m_t - M) l_t (Flash-Decoding, Dao et al. 2023). `prepare` leaves the weights, 0 for slices that a row
-// does not have.
+// does not have, and how many it has: those whose sum is not 0. A row without any is zeros.
 var<workgroup> slice_weights: array<f32, ROWS * HEADS * MAX_SPLITS>;        // [ROWS, HEADS, MAX_SPLITS]
+var<workgroup> slice_counts: array<u32, ROWS * HEADS>;                      // [ROWS, HEADS]
 
 // Slices that are read at a time.
 const GROUP = 4u;
@@ -9,7 +10,7 @@ const_assert MAX_SPLITS % GROUP == 0u;
 
 fn stage(row: u32, r: u32, k4: u32) -> vec4f {
     let head = k4 / HEAD_DIM4;
-    let splits = split_count(sequences[row].length + 1u);
+    let splits = slice_counts[r * HEADS + head];
     let first = (row * MAX_SPLITS * HEADS + head) * HEAD_DIM4 + k4 % HEAD_DIM4;
     let weights = (r * HEADS + head) * MAX_SPLITS;
     var sum = vec4f(0.0);

@@ -2,10 +2,14 @@
 fn prepare(first_row: u32, lane: u32) {
     for (var i = lane; i < ROWS * HEADS; i += LANES) {
         let row = min(first_row + i / HEADS, params.rows - 1u);
-        let splits = split_count(sequences[row].length + 1u);
         let first = row * MAX_SPLITS * HEADS + i % HEADS;
+        var splits = 0u;
         var top = -3.0e38;
-        for (var s = 0u; s < splits; s++) { top = max(top, partial_ml[first + s * HEADS].x); }
+        // Told so that a NaN counts as a slice, and is seen.
+        while (splits < MAX_SPLITS && !(partial_ml[first + splits * HEADS].y == 0.0)) {
+            top = max(top, partial_ml[first + splits * HEADS].x);
+            splits++;
+        }
         var total = 0.0;
         for (var s = 0u; s < splits; s++) {
             let slice = partial_ml[first + s * HEADS];
@@ -16,6 +20,7 @@ fn prepare(first_row: u32, lane: u32) {
             if (s < splits) { weight = exp2(partial_ml[first + s * HEADS].x - top) / total; }
             slice_weights[i * MAX_SPLITS + s] = weight;
         }
+        slice_counts[i] = splits;
     }
     workgroupBarrier();
 }

@@ -1,5 +1,6 @@
 /** WGSL and host helpers that several kernels join to their own text. */
 import type { Grid, ShaderFile } from "../../runtime/kernel.ts";
+import blockListsText from "./block_lists.wgsl" with { type: "text" };
 import existingText from "./existing.wgsl" with { type: "text" };
 import foldedGridText from "./folded_grid.wgsl" with { type: "text" };
 import kvBlocksText from "./kv_blocks.wgsl" with { type: "text" };
@@ -12,6 +13,9 @@ import workgroupSumText from "./workgroup_sum.wgsl" with { type: "text" };
 export const foldedGrid: ShaderFile = { file: "shared/folded_grid.wgsl", text: foldedGridText };
 export const existingColumns: ShaderFile = { file: "shared/existing.wgsl", text: existingText };
 export const workgroupSum: ShaderFile = { file: "shared/workgroup_sum.wgsl", text: workgroupSumText };
+
+/** `row_list`: which blocks of keys the queries of a block attend to. */
+export const blockListsHelper: ShaderFile = { file: "shared/block_lists.wgsl", text: blockListsText };
 
 export const kvBlocks: ShaderFile = { file: "shared/kv_blocks.wgsl", text: kvBlocksText };
 
@@ -64,14 +68,14 @@ export function mostSplits(sequences: number): number {
   return Math.max(4, MAX_SPLITS / 2 ** Math.ceil(Math.log2(sequences)));
 }
 
-/** Blocks of a slice of `kvLen` keys, as in `shared/splits.wgsl`. */
-export function blocksPerSplit(kvLen: number, maxSplits = MAX_SPLITS): number {
-  return Math.ceil(Math.ceil(kvLen / KV_BLOCK) / maxSplits);
+/** Blocks of a slice of `blocks` blocks, as in `shared/splits.wgsl`. */
+export function blocksPerSplit(blocks: number, maxSplits = MAX_SPLITS): number {
+  return Math.ceil(blocks / maxSplits);
 }
 
-/** Slices of `kvLen` keys, as in `shared/splits.wgsl`. */
-export function splitCount(kvLen: number, maxSplits = MAX_SPLITS): number {
-  return Math.ceil(kvLen / (blocksPerSplit(kvLen, maxSplits) * KV_BLOCK));
+/** Slices of `blocks` blocks, as in `shared/splits.wgsl`. */
+export function splitCount(blocks: number, maxSplits = MAX_SPLITS): number {
+  return blocks === 0 ? 0 : Math.ceil(blocks / blocksPerSplit(blocks, maxSplits));
 }
 
 /** The part of a layer's heads that one pair of cache buffers holds. */

@@ -1,11 +1,5 @@
-// How the keys of one query are cut for split-KV attention: slices of whole blocks of KV_BLOCK keys, all but the last of
-// the same length, and at most MAX_SPLITS of them. It depends on nothing but the number of keys.
-fn blocks_per_split(kv_len: u32) -> u32 {
-    let blocks = (kv_len + KV_BLOCK - 1u) / KV_BLOCK;
+// How the keys of one query are cut for split-KV attention: slices of whole blocks, all but the last of the same length, and
+// at most MAX_SPLITS of them. It depends on nothing but the number of blocks.
+fn blocks_per_split(blocks: u32) -> u32 {
     return (blocks + MAX_SPLITS - 1u) / MAX_SPLITS;
-}
-
-fn split_count(kv_len: u32) -> u32 {
-    let keys = blocks_per_split(kv_len) * KV_BLOCK;
-    return (kv_len + keys - 1u) / keys;
 }
