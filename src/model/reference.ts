@@ -36,12 +36,16 @@ export interface ReferenceResult {
   readonly logits: Float64Array;
 }
 
-/** The whole forward pass of one sequence from position 0. */
+/**
+ * The whole forward pass of one sequence from position 0.
+ * @param sees the keys up to its own position that a query attends to; all when left out
+ */
 export function referenceForward(
   parameters: Parameters,
   config: GPT2Config,
   ids: ArrayLike<number>,
   positions = exactPositions(config.nPositions),
+  sees: (layer: number, head: number, position: number, key: number) => boolean = () => true,
 ): ReferenceResult {
   const { nEmbd, nHead, headDim, nInner, nLayer, layerNormEpsilon } = config;
   const get = (name: string) => {
@@ -70,7 +74,7 @@ export function referenceForward(
       headDim,
       firstPosition: 0,
       scale,
-    });
+    }, (head, position, key) => sees(i, head, position, key));
     x = add(x, linear(attended, `h.${i}.attn.c_proj`, nEmbd));
     const mlp = linear(norm(x, `h.${i}.ln_2`), `h.${i}.mlp.c_fc`, nEmbd).map(geluNewReference);
     x = add(x, linear(mlp, `h.${i}.mlp.c_proj`, nInner));

@@ -129,9 +129,9 @@ function plainSummaries(keys: ArrayLike<number>, { heads, headDim }: Heads): Flo
 }
 
 /**
- * Judges summaries `[heads, blocks, 2, stride]` of keys `[64 · blocks, heads, headDim]`. Means and spreads are of
- * different sizes. What is added up to a mean is no larger than the largest key, and the root of what is added up to
- * a spread no larger than the largest distance from a mean.
+ * Judges summaries `[heads, blocks, 2, stride]` of keys `[64 · blocks, heads, headDim]`. Means and spreads
+ * are of different sizes. What is added up to a mean is no larger than the largest key, and the root of what
+ * is added up to a spread no larger than the largest distance from a mean.
  */
 function expectSummaries(got: ArrayLike<number>, keys: ArrayLike<number>, shape: Heads, elem: Elem): void {
   const { heads, headDim } = shape;
@@ -167,8 +167,8 @@ interface Pieces {
 }
 
 /**
- * Summarises, in one dispatch a piece, with NaN for all keys that are not asked for, and checks that nothing else is
- * written.
+ * Summarises, in one dispatch a piece, with NaN for all keys that are not asked for, and checks that nothing
+ * else is written.
  * @returns for each sequence the summaries `[heads, blocks asked for, 2, stride]`
  */
 async function runSummarize(
@@ -286,7 +286,7 @@ describe("block_selection/summarize", () => {
         }
       });
 
-      test(`${title}: only the blocks asked for are read and written, in any table and head buffers`, async () => {
+      test(`${title}: nothing but the blocks asked for is read or written`, async () => {
         const sequences = [
           { tokens: 7 * KV_BLOCK, pieces: [{ first: 0, count: 2 }, { first: 4, count: 3 }] },
           { tokens: KV_BLOCK, pieces: [{ first: 0, count: 1 }] },
@@ -350,9 +350,10 @@ function randomGiven(
 type Rule = Omit<SelectionRule, "length">;
 
 /**
- * Runs one step of all sequences, with NaN wherever the kernel has no business: in summaries of blocks that are not
- * complete, of the one that has just become it, of the first, which needs none, and of nobody's; in keys of all blocks
- * but the one just completed. Checks that nothing is written but lists and that one summary, which is judged.
+ * Runs one step of all sequences, with NaN wherever the kernel has no business: in summaries of blocks that
+ * are not complete, of the one that has just become it, of the first, which needs none, and of nobody's; in
+ * keys of all blocks but the one just completed. Checks that nothing is written but lists and that one
+ * summary, which is judged.
  * @returns for each sequence and head the blocks that are listed
  */
 async function runSelect(
@@ -449,9 +450,10 @@ function headOf({ query, summaries }: Given, { heads, headDim }: Heads, head: nu
 }
 
 /**
- * Says whether a selection could be that of the exact scores. A score adds up 2 · headDim products, in whatever order:
- * each term is rounded at most as often, so the sum is off by less than (2 · headDim + 1) · 2^-24 of their magnitudes
- * (Higham 2002, section 3.1). A block may be kept in place of another only if their scores are closer than both errors.
+ * Says whether a selection could be that of the exact scores. A score adds up 2 · headDim products, in
+ * whatever order: each term is rounded at most as often, so the sum is off by less than (2 · headDim + 1) ·
+ * 2^-24 of their magnitudes (Higham 2002, section 3.1). A block may be kept in place of another only if their
+ * scores are closer than both errors.
  * @returns whether it is the reference's selection
  */
 function expectValid(
@@ -517,8 +519,8 @@ function numbers(first: number, end: number): number[] {
 const CAPACITY = 2048;
 
 /**
- * Kernels as GPUs run them, several lanes for a block and several blocks a lane, for workgroups that software Vulkan
- * compiles; the one for subgroups for whatever subgroups the device has.
+ * Kernels as GPUs run them, several lanes for a block and several blocks a lane, for workgroups that software
+ * Vulkan compiles; the one for subgroups for whatever subgroups the device has.
  */
 function severalLanes(elem: Elem, { heads, headDim }: Heads): Op<SelectProblem>[] {
   const { subgroupMaxSize: subgroup } = gpu.caps;

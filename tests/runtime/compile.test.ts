@@ -125,7 +125,15 @@ function constsOf(kernel: AnyKernel, variant: object): Map<string, string> {
   );
 }
 
-const BYTES_OF: Readonly<Record<string, number>> = { f32: 4, u32: 4, vec2f: 8, vec4f: 16, vec4u: 16, f16: 2 };
+const BYTES_OF: Readonly<Record<string, number>> = {
+  f32: 4,
+  u32: 4,
+  "atomic<u32>": 4,
+  vec2f: 8,
+  vec4f: 16,
+  vec4u: 16,
+  f16: 2,
+};
 
 /** Workgroup memory that the text declares, each variable rounded up to 16 bytes as Dawn counts it. */
 function declaredWorkgroupBytes(kernel: AnyKernel, variant: object): number {
@@ -148,6 +156,17 @@ function declaredWorkgroupBytes(kernel: AnyKernel, variant: object): number {
   return total;
 }
 
+const TOO_NARROW = /The x-dimension of workgroup_size \(\d+\) must be a multiple of the device maxSubgroupSize/;
+
+/**
+ * Subgroups of the null device have up to 128 lanes, and it wants matrices in workgroups of a multiple of that. This is
+ * the last thing that it checks: the text has passed then.
+ */
+function isTooNarrow(kernel: AnyKernel, variant: object): boolean {
+  const { subgroupMatrix = false } = kernel.header(variant);
+  return subgroupMatrix && kernel.workgroupInvocations(variant) % 128 !== 0;
+}
+
 describe("variants on the null backend", () => {
   for (const [name, model] of Object.entries(MODELS)) {
     test(`${name}: what supports() accepts compiles, what it refuses does not`, async () => {
@@ -156,6 +175,10 @@ describe("variants on the null backend", () => {
         variantsOf(model).map(async ({ role, kernel, variant }) => {
           const verdict = supports(kernel, variant, capsFor(kernel, variant));
           const error = await gpu.pipelines.prepare(kernel, variant).then(() => undefined, (e: unknown) => e);
+          if (isTooNarrow(kernel, variant)) {
+            if (!TOO_NARROW.test(String(error))) problems.push(`${role}: compiling says ${error}`);
+            return;
+          }
           if ((verdict === true) === (error === undefined)) return;
           problems.push(
             `${role} ${JSON.stringify(variant)}: supports() says ${verdict}, compiling says ${error}`,
@@ -179,6 +202,7 @@ test("kernels for tensor cores are valid on the null backend, where workgroup me
   const matrix = everyVariant.filter(({ kernel, variant }) => kernel.header(variant).subgroupMatrix);
   const names = new Set(matrix.map(({ kernel }) => kernel.name));
   expect([...names].sort()).toEqual([
+    "flash_attention/sparse_subgroup_matrix",
     "flash_attention/subgroup_matrix",
     "matmul/subgroup_matrix",
     "peak/subgroup_matrix",
@@ -189,6 +213,7 @@ test("kernels for tensor cores are valid on the null backend, where workgroup me
       (e: unknown) => e,
     );
     if (kernel === subgroupMatrixPeak) expect(error).toBeUndefined(); // it has no workgroup memory
+    else if (isTooNarrow(kernel, variant)) expect(String(error)).toMatch(TOO_NARROW);
     // The module has passed validation, and so has the entry point: this is the last thing that is checked.
     else expect(String(error)).toMatch(/The total use of workgroup storage \(\d+ bytes\) is larger than/);
   }

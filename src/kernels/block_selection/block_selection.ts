@@ -113,7 +113,6 @@ export const summarizeBlocks: Kernel<SummarizeVariant, SummarizeProblem> = {
   name: "block_selection/summarize",
   sources: [file("summarize", summarizeText), summary, tripsHelper],
   bindings: { k: "read", block_table: "read", summaries: "read_write" },
-  paramsIn: "uniform",
   params: { blocks: "u32", table_blocks: "u32", sequence: "u32", first_block: "u32", one: "u32" },
   header: (v) => ({ aliases: { elem: v.elem }, consts: summaryConsts(v) }),
   workgroupBytes: summaryWorkgroupBytes,
@@ -281,7 +280,7 @@ export function selectCandidates(
   if (!unroll) return [op(selectBlocks, variant(64))];
   return [
     ...[512, 256].map((lanes) => op(subgroupSelectBlocks, { ...variant(lanes), subgroup: 32 })),
-    ...[512, 256].map((lanes) => op(selectBlocks, variant(lanes))),
+    ...[512, 256, 128].map((lanes) => op(selectBlocks, variant(lanes))),
   ];
 }
 

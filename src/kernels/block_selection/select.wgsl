@@ -40,7 +40,7 @@ alias Rows = array<vec4<elem>, BATCH * VECTORS>;
 var<workgroup> query: array<vec4f, TRIPS * TRIP4>;          // zero behind its end
 // By the block's number where it is in memory, then its score's key.
 var<workgroup> keys: array<u32, CAPACITY>;
-var<workgroup> extremes: array<atomic<u32>, 2>;             // of that range: its end, its beginning's complement
+var<workgroup> extremes: array<atomic<u32>, 2>;             // of the range to search: end, ~beginning
 var<workgroup> bins: array<atomic<u32>, BINS>;
 var<workgroup> found: vec4u;                                // a bracket
 
