@@ -2,7 +2,8 @@
  * Where the time of a decoded token goes: the loop by the wall's clock, a step by the GPU's, its kernels by kind, what a
  * dispatch costs that does nothing, and what the host takes to hand a step over.
  *
- *     bun bench/decode.ts --shape gpt2 [--contexts 1k,4k,16k,64k] [--batch 1] [--dtype f16] [--out FILE.json] [--commit ID]
+ *     bun bench/decode.ts --shape gpt2 [--contexts 1k,4k,16k,64k] [--batch 1] [--dtype f16] [--sparsity PATTERN]
+ *       [--out FILE.json] [--commit ID]
  *
  * Kernels of a kind run one after another in a pass, each with its own layer's weights or cache, so that at most what fits
  * the GPU's caches is read from there; their time has the gaps between them in it.
@@ -11,6 +12,7 @@ import { parseArgs } from "node:util";
 import { copyBytes } from "../src/kernels/copy/copy.ts";
 import { chooseKernels } from "../src/kernels/index.ts";
 import { packSequence, SEQUENCE_BYTES } from "../src/kernels/shared/shared.ts";
+import { parsePattern } from "../src/kvcache/patterns.ts";
 import { Benchmark } from "../src/model/benchmark.ts";
 import { PUBLISHED_SHAPES, type PublishedShape } from "../src/model/config.ts";
 import { Gpt2 } from "../src/model/gpt2.ts";
@@ -29,6 +31,7 @@ const { values } = parseArgs({
     contexts: { type: "string", default: "1k,4k,16k,64k" },
     batch: { type: "string", default: "1" },
     dtype: { type: "string", default: "f16" },
+    sparsity: { type: "string", default: "dense" },
     commit: { type: "string" },
     out: { type: "string" },
   },
@@ -48,6 +51,8 @@ const config = {
   nPositions: Math.max(...contexts),
 };
 const { nLayer, nEmbd, nInner, vocabSize } = config;
+const pattern = parsePattern(values.sparsity);
+if (pattern.kind === "file") throw new Error("--sparsity takes patterns without a file");
 const profiler = new Profiler(gpu);
 
 function median(values: readonly number[]): number {
@@ -112,20 +117,26 @@ const e = sizeOf(elem);
 /** Bytes of the weights, or of the cache, that the kernels of a kind read in a step. */
 const kinds = (context: number) => [
   { name: "normed products", match: /^gemv\/layer_norm/, bytes: nLayer * e * nEmbd * (3 * nEmbd + nInner) },
-  { name: "attention", match: /^flash_decode\//, bytes: sequences * nLayer * 2 * e * nEmbd * context },
+  {
+    name: "attention",
+    match: /^flash_decode\//,
+    bytes: pattern.kind === "dense" ? sequences * nLayer * 2 * e * nEmbd * context : 0,
+  },
+  { name: "choice of blocks", match: /^block_selection\//, bytes: 0 },
   { name: "merge and projection", match: /^gemv\/merge/, bytes: nLayer * e * nEmbd * nEmbd },
   { name: "output of the MLP", match: /^gemv\/plain/, bytes: nLayer * e * nInner * nEmbd },
   { name: "output head", match: /^lm_head\//, bytes: e * vocabSize * nEmbd },
   { name: "embedding and last norm", match: /^(embedding|layer_norm)/, bytes: 0 },
 ];
 
-console.log(`${gpu.caps.name}, ${values.shape}, ${elem}, batch ${sequences}`);
+console.log(`${gpu.caps.name}, ${values.shape}, ${elem}, batch ${sequences}, ${values.sparsity}`);
 console.log(`copy ${(copyRate / 1e9).toFixed(0)} GB/s; a dispatch that does nothing ${gapUs.toFixed(2)} us`);
 const rows = [];
 for (const context of contexts) {
   const model = await Gpt2.load(gpu, syntheticSource(config), config, {
     context,
     elem,
+    sparsity: { pattern },
     decoding: { sequences, inFlight: 12 },
   });
   const { ms } = await benchmark.decode(model, context);
@@ -139,6 +150,7 @@ for (const context of contexts) {
   const parts = [];
   for (const { name, match, bytes } of kinds(context)) {
     const list = step.only((kernel) => match.test(kernel));
+    if (list.length === 0) continue;
     const us = await gpuTime(list);
     parts.push({
       name,
@@ -192,6 +204,7 @@ if (values.out) {
     shape: values.shape,
     elem,
     batch: sequences,
+    sparsity: values.sparsity,
     copy_gb_per_s: copyGbPerS,
     empty_dispatch_us: gapUs,
     rows,

@@ -1,5 +1,8 @@
 /** `bench`: how fast the kernels and the whole model run on this device, with their results checked. */
 import { chooseKernels, type ChosenKernels } from "../kernels/index.ts";
+import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { patternName } from "../kvcache/patterns.ts";
+import { hasLists, layerLists, type Sparsity } from "../kvcache/sparsity.ts";
 import {
   Benchmark,
   type Check,
@@ -7,6 +10,7 @@ import {
   GEMMS,
   type Measurement,
   type PeakUnit,
+  randomLists,
   ScoresDoNotFit,
 } from "../model/benchmark.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
@@ -25,6 +29,7 @@ import {
   modelFolder,
   noteChoices,
   openCommandDevice,
+  openSparsity,
 } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeResult } from "./output.ts";
@@ -35,7 +40,7 @@ interface BenchRow {
   readonly phase: BenchPhase;
   /** What ran; absent for a whole model. */
   readonly kernel?: string;
-  /** The kind of attention, the name of the matrix, or how many sequences are decoded together. */
+  /** The kind of attention or its pattern, the name of the matrix, or how many sequences are decoded together. */
   readonly variant: string;
   readonly context: number;
   readonly dtype: Elem;
@@ -47,6 +52,8 @@ interface BenchRow {
   readonly gb_per_s: number | null;
   /** Of GPU buffers. */
   readonly peak_bytes: number | null;
+  /** Of block-sparse attention: kept blocks as a share of the causal ones, in decoding of the last token's. */
+  readonly density?: number;
   readonly checked_against?: string;
   /** As a share of the largest value of its row, as `tolerance` is. */
   readonly largest_difference?: number;
@@ -78,6 +85,7 @@ interface BenchReport {
 /** What is measured, and with what. */
 interface Subject {
   readonly gpu: Gpu;
+  readonly sparsities: readonly Sparsity[];
   readonly config: GPT2Config;
   readonly elem: Elem;
   readonly chosen: ChosenKernels;
@@ -87,12 +95,13 @@ interface Subject {
 /** Runs the command. @returns 0; 1 when a result was wrong, 4 when a model did not fit, 130 when it was interrupted */
 export async function runBench(options: BenchOptions): Promise<number> {
   const config = await benchConfig(options);
+  const sparsities = await Promise.all((options.sparsity ?? [{ kind: "dense" } as const]).map(openSparsity));
   const gpu = await openCommandDevice(options);
   try {
     const elem = chooseElem(options.dtype, gpu.caps);
     const chosen = chooseKernels(kernelShape(config, elem, gpu.caps), gpu.caps, options.kernels);
     noteChoices(gpu, config, elem, options);
-    return await measureAll({ gpu, config, elem, chosen, options });
+    return await measureAll({ gpu, sparsities, config, elem, chosen, options });
   } finally {
     gpu.destroy();
   }
@@ -122,12 +131,7 @@ async function measureAll(subject: Subject): Promise<number> {
     runs: options.runs,
     onRun: (run) => progress.show(`${current}: run ${run} of ${options.runs}`),
   });
-  const measure = async (
-    phase: BenchPhase,
-    variant: string,
-    context: number,
-    run: () => Promise<Measurement>,
-  ) => {
+  const measure: Measure = async (phase, variant, context, run) => {
     current = `${phase} ${variant} ${context}`;
     progress.show(current);
     const what = { phase, variant, context, dtype: elem };
@@ -153,15 +157,21 @@ async function measureAll(subject: Subject): Promise<number> {
           continue;
         }
         for (const kind of options.attention) {
-          await measure(
-            phase,
-            kind,
-            context,
-            () => kind === "flash" ? benchmark.flashAttention(context) : benchmark.standardAttention(context),
-          );
+          if (kind === "sparse") await measureSparse(subject, benchmark, context, measure);
+          else {
+            await measure(
+              phase,
+              kind,
+              context,
+              () =>
+                kind === "flash" ? benchmark.flashAttention(context) : benchmark.standardAttention(context),
+            );
+          }
         }
       }
-      await measureModel(subject, benchmark, context, progress, measure);
+      for (const sparsity of subject.sparsities) {
+        await measureModel(subject, sparsity, benchmark, context, progress, measure);
+      }
     }
   } catch (error) {
     if (!signal.aborted || error !== signal.reason) throw error;
@@ -190,18 +200,53 @@ async function measureAll(subject: Subject): Promise<number> {
   return exitCode;
 }
 
+type Measure = (
+  phase: BenchPhase,
+  variant: string,
+  context: number,
+  run: () => Promise<Measurement>,
+) => Promise<void>;
+
+/** Shares of the causal blocks that sparse attention is measured with where no pattern is given. */
+const DENSITIES = [1, 0.5, 0.25, 0.125, 0.0625, 0.033];
+
+/** Sparse attention of one layer, the first where patterns differ by layer; heads of one mask each are measured alike. */
+async function measureSparse(
+  { config, options, sparsities }: Subject,
+  benchmark: Benchmark,
+  context: number,
+  measure: Measure,
+): Promise<void> {
+  const rows = Math.ceil(context / KV_BLOCK);
+  if (options.sparsity === undefined) {
+    for (const share of DENSITIES) {
+      await measure(
+        "attention",
+        `random ${Number((100 * share).toPrecision(3))} %`,
+        context,
+        () => benchmark.sparseAttention(context, randomLists(rows, share)),
+      );
+    }
+    return;
+  }
+  for (const sparsity of sparsities.filter(hasLists)) {
+    await measure(
+      "attention",
+      patternName(sparsity.pattern),
+      context,
+      () => benchmark.sparseAttention(context, layerLists(sparsity, 0, config.nHead, rows)[0]!),
+    );
+  }
+}
+
 /** Both phases of the whole model: it is loaded once for a context. */
 async function measureModel(
   { gpu, config, elem, options }: Subject,
+  sparsity: Sparsity,
   benchmark: Benchmark,
   context: number,
   progress: ProgressLine,
-  measure: (
-    phase: BenchPhase,
-    variant: string,
-    context: number,
-    run: () => Promise<Measurement>,
-  ) => Promise<void>,
+  measure: Measure,
 ): Promise<void> {
   const phases = options.phases.filter((phase) => phase === "prefill" || phase === "decode");
   if (phases.length === 0) return;
@@ -218,6 +263,7 @@ async function measureModel(
           elem,
           // Speed does not depend on positions, and lengths beyond the model's are worth measuring.
           positions: { mode: "repeat", nPositions: config.nPositions, context },
+          sparsity,
           decoding: { sequences, inFlight: inFlightOf(gpu) },
           kernels: options.kernels,
           onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
@@ -225,7 +271,12 @@ async function measureModel(
       try {
         for (const phase of ["prefill", "decode"] as const) {
           if (!phases.includes(phase) || (phase === "prefill" && sequences !== batches[0])) continue;
-          const variant = phase === "decode" && sequences > 1 ? `batch ${sequences}` : "flash";
+          const { pattern } = sparsity;
+          const attention = pattern.kind === "dense" ? "flash" : patternName(pattern);
+          const isBatch = phase === "decode" && sequences > 1;
+          const variant = isBatch
+            ? `batch ${sequences}${pattern.kind === "dense" ? "" : ` ${attention}`}`
+            : attention;
           await measure(phase, variant, context, async () => await benchmark[phase](await loaded(), context));
         }
       } finally {
@@ -239,7 +290,7 @@ async function measureModel(
 
 type Figures = Omit<BenchRow, "phase" | "variant" | "context" | "dtype">;
 
-function figures({ kernel, ms, tokens, flop, bytes, peakBytes, check }: Measurement): Figures {
+function figures({ kernel, ms, tokens, flop, bytes, peakBytes, density, check }: Measurement): Figures {
   const sorted = [...ms].sort((a, b) => a - b);
   const [low, high] = [sorted[(sorted.length - 1) >> 1]!, sorted[sorted.length >> 1]!];
   const median = (low + high) / 2;
@@ -250,6 +301,7 @@ function figures({ kernel, ms, tokens, flop, bytes, peakBytes, check }: Measurem
     tflops: flop / (median * 1e9),
     gb_per_s: bytes === undefined ? null : bytes / (median * 1e6),
     peak_bytes: peakBytes,
+    ...(density === undefined ? {} : { density }),
     ...(check ? checked(check) : {}),
   };
 }
@@ -278,15 +330,18 @@ const PEAK_NAMES = {
   fma: "multiply-adds from registers",
 } as const satisfies Record<PeakUnit, string>;
 
-const COLUMNS = ["phase", "variant", "context", "type", "ms", "min to max", "tokens/s", "TFLOP/s", "GB/s"];
+const WHAT = ["phase", "variant", "context", "type"];
+const FIGURES = ["ms", "min to max", "tokens/s", "TFLOP/s", "GB/s", "memory", "kernel"];
 
 function formatReport(report: BenchReport): string {
   const { adapter, driver, model, runs, copy_gb_per_s: copyRate, peak_tflops: peakRate, rows } = report;
+  const hasDensity = rows.some(({ density }) => density !== undefined);
   const cells = rows.map((row) => [
     row.phase,
     row.variant,
     row.context.toLocaleString("en-US"),
     row.dtype,
+    ...(hasDensity ? [row.density === undefined ? "-" : `${(100 * row.density).toPrecision(3)} %`] : []),
     ...(row.ms
       ? [
         figure(row.ms.median),
@@ -299,7 +354,7 @@ function formatReport(report: BenchReport): string {
       ]
       : []),
   ]);
-  const header = [...COLUMNS, "memory", "kernel"];
+  const header = [...WHAT, ...(hasDensity ? ["density"] : []), ...FIGURES];
   const widths = header.map((title, i) => Math.max(title.length, ...cells.map((row) => row[i]?.length ?? 0)));
   const line = (row: readonly string[]) =>
     row.map((cell, i) =>

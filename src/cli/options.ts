@@ -81,6 +81,8 @@ export interface BenchOptions extends CommonOptions {
   /** Tokens, increasing. */
   readonly contexts: readonly number[];
   readonly attention: readonly BenchAttention[];
+  /** Patterns that prefill, decode and sparse attention are measured with; undefined for the defaults of each. */
+  readonly sparsity: readonly Pattern[] | undefined;
   /** A published model's sizes with random weights; undefined for the model of `--model`. */
   readonly modelShape: PublishedShape | undefined;
   readonly runs: number;
@@ -103,7 +105,7 @@ export type Options = GenerateOptions | ScoreOptions | BenchOptions | InfoOption
 
 const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
 export type BenchPhase = typeof BENCH_PHASES[number];
-const BENCH_ATTENTION = ["flash", "standard"] as const;
+const BENCH_ATTENTION = ["flash", "sparse", "standard"] as const;
 export type BenchAttention = typeof BENCH_ATTENTION[number];
 /** The fewest tokens that `bench` takes for a context: below, nothing is measured but overheads. */
 const LEAST_BENCH_CONTEXT = 16;
@@ -203,15 +205,6 @@ const batches: Convert = (value, flag) => {
     );
   }
   return [...new Set(list)].sort((a, b) => a - b);
-};
-
-const attentionKinds: Convert = (value, flag) => {
-  if (value.split(",").some((part) => part.trim() === "sparse")) {
-    throw new UsageError(`\`${flag} ${value}\`: there is no sparse attention in this version`, {
-      hint: `use ${BENCH_ATTENTION.join(" or ")}`,
-    });
-  }
-  return someOf(...BENCH_ATTENTION)(value, flag);
 };
 
 const pattern: Convert = (value) => parsePattern(value);
@@ -425,8 +418,16 @@ const COMMANDS = {
       },
       {
         flags: "--attention <list>",
-        description: "flash, or standard, which writes all scores to memory (default: flash)",
-        convert: attentionKinds,
+        description: "flash, sparse, or standard, which writes all scores to memory (default: flash)",
+        convert: someOf(...BENCH_ATTENTION),
+      },
+      {
+        flags: "--sparsity <pattern>",
+        description:
+          "A pattern for prefill, decode and sparse attention; may be given several times (default: " +
+          "dense, for sparse attention random blocks of some densities)",
+        convert: pattern,
+        repeatable: true,
       },
       {
         flags: "--model-shape <name>",
@@ -448,6 +449,7 @@ const COMMANDS = {
     examples: [
       "longform bench",
       "longform bench --model-shape gpt2 --phases attention --attention flash,standard --contexts 1k,4k,16k,64k",
+      "longform bench --model-shape gpt2 --phases attention,prefill --attention sparse --sparsity sink:64+local:1k",
     ],
   },
   info: {
@@ -684,12 +686,14 @@ function typedBench(
   get: (flag: string) => unknown,
 ): BenchOptions {
   const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const sparsity = get("--sparsity") as Pattern[];
   const options: BenchOptions = {
     ...common,
     command: "bench",
     phases: optional<BenchPhase[]>("--phases") ?? ["prefill", "attention", "gemm"],
     contexts: optional<number[]>("--contexts") ?? [1024, 4096, 16384],
     attention: optional<BenchAttention[]>("--attention") ?? ["flash"],
+    sparsity: sparsity.length > 0 ? sparsity : undefined,
     modelShape: optional<PublishedShape>("--model-shape"),
     runs: optional("--runs") ?? 5,
     batch: optional<number[]>("--batch") ?? [1],

@@ -530,10 +530,11 @@ export class ModelKernels {
   /** `x[rows, width] += attention · w + bias`, of the slices that `decodeAttention` left. */
   mergedGemv(r: Dispatcher, buffers: DecodeBuffers, layer: Linear, x: GpuBuffer, rows: number): void {
     const { w, bias, inner, columns } = layer;
-    const { partialOut, partialMl } = buffers;
+    const { sequences, partialOut, partialMl } = buffers;
     this.#run(r, "decodeProjection", { rows, inner, columns }, {
       partial_out: partialOut,
       partial_ml: partialMl,
+      sequences,
       w,
       bias,
       out: x,

@@ -20,14 +20,17 @@ import {
   subgroupMatrixPeak,
   subgroupMatrixWork,
 } from "../kernels/peak/peak.ts";
-import type { HeadRange } from "../kernels/shared/shared.ts";
+import { type HeadRange, KV_BLOCK } from "../kernels/shared/shared.ts";
 import {
   scoreBytes,
   scoreRanges,
   STANDARD_ATTENTION,
 } from "../kernels/standard_attention/standard_attention.ts";
+import { packLists } from "../kvcache/block_lists.ts";
 import { KvCache } from "../kvcache/cache.ts";
 import { kvLayout } from "../kvcache/layout.ts";
+import { type BlockLists, density } from "../kvcache/patterns.ts";
+import { hasLists, layerLists, sparsityDensity } from "../kvcache/sparsity.ts";
 import { allocate, download, formatBytes, type GpuBuffer, upload } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, LongformError } from "../runtime/errors.ts";
@@ -73,6 +76,8 @@ export interface Measurement {
   readonly bytes?: number;
   /** Bytes of GPU buffers while it ran. */
   readonly peakBytes: number;
+  /** Of block-sparse attention: kept blocks as a share of the causal ones. */
+  readonly density?: number;
   readonly check?: Check;
 }
 
@@ -119,6 +124,7 @@ export type PeakUnit = "matrix" | "fma";
 const TOLERANCES = {
   gemm: { f16: 2 ** -9, f32: 2 ** -14 },
   flash: { f16: 2 ** -8, f32: 2 ** -14 },
+  sparse: { f16: 2 ** -8, f32: 2 ** -14 },
   standard: { f16: 2 ** -7, f32: 2 ** -14 },
 } as const satisfies Record<string, Readonly<Record<Elem, number>>>;
 
@@ -275,6 +281,24 @@ export class Benchmark {
     });
   }
 
+  /** The same over the blocks of `lists`, which has a row for each block of the context, in all heads alike. */
+  async sparseAttention(tokens: number, lists: BlockLists): Promise<Measurement> {
+    const { chosen, other } = await this.#prepare("sparseAttention");
+    return await this.#withAttention(tokens, (tensors) =>
+      withBuffers(this.#gpu, async (buffer) => {
+        const words = packLists(new Array<BlockLists>(this.#shape.heads).fill(lists));
+        const listBuffer = await buffer("block lists", words.byteLength);
+        upload(listBuffer, words);
+        const sparse = { ...tensors, kv: { ...tensors.kv, lists: listBuffer } };
+        const peakBytes = this.#gpu.memory.totalBytes;
+        const record = (r: Recorder) => this.#recordFlash(r, chosen, sparse, 0, tokens);
+        const check = await this.#checkAttention(chosen, other, TOLERANCES.sparse, sparse, record);
+        const ms = await this.#time(record);
+        const flop = this.#sparseFlop(lists);
+        return { kernel: chosen.kernel.name, ms, tokens, flop, peakBytes, density: density([lists]), check };
+      }));
+  }
+
   /**
    * The same by the textbook, with all heads' scores in memory.
    * @throws ScoresDoNotFit when they are more than the device has or binds
@@ -338,7 +362,7 @@ export class Benchmark {
     });
   }
 
-  /** A whole model over a prompt as long as `tokens`; its cache holds the prompt afterwards. */
+  /** A whole model over a prompt as long as `tokens`, with its attention; its cache holds the prompt afterwards. */
   async prefill(model: Gpt2, tokens: number): Promise<Measurement> {
     const { signal } = this.#options;
     const prompt = syntheticPrompt(tokens, this.#config.vocabSize);
@@ -348,13 +372,18 @@ export class Benchmark {
       await model.prefill(prompt, { signal });
       return performance.now() - starting;
     });
-    const { nLayer, nEmbd, vocabSize } = this.#config;
-    return {
-      ms,
-      tokens,
-      flop: tokens * this.#layersFlop() + nLayer * this.#attentionFlop(tokens) + 2 * vocabSize * nEmbd,
-      peakBytes: this.#gpu.memory.totalBytes,
-    };
+    const { nLayer, nHead, nEmbd, vocabSize } = this.#config;
+    const { sparsity } = model;
+    const shared = tokens * this.#layersFlop() + 2 * vocabSize * nEmbd;
+    const peakBytes = this.#gpu.memory.totalBytes;
+    if (!hasLists(sparsity)) {
+      return { ms, tokens, flop: shared + nLayer * this.#attentionFlop(tokens), peakBytes };
+    }
+    const rows = Math.ceil(tokens / KV_BLOCK);
+    const lists = Array.from({ length: nLayer }, (_, layer) => layerLists(sparsity, layer, nHead, rows))
+      .flat();
+    const flop = shared + lists.reduce((sum, one) => sum + this.#sparseFlop(one) / nHead, 0);
+    return { ms, tokens, flop, peakBytes, density: density(lists) };
   }
 
   /**
@@ -393,12 +422,14 @@ export class Benchmark {
     });
     const { headsWidth } = paddedSizes(this.#config);
     const matrices = this.#layersFlop() / 2 + vocabSize * nEmbd;
+    const share = decodeDensity(model, tokens);
     return {
       ms,
       tokens: sequences,
-      flop: sequences * (2 * matrices + nLayer * 4 * nEmbd * tokens),
-      bytes: sizeOf(elem) * (matrices + sequences * nLayer * 2 * headsWidth * tokens),
+      flop: sequences * (2 * matrices + nLayer * 4 * nEmbd * share * tokens),
+      bytes: sizeOf(elem) * (matrices + sequences * nLayer * 2 * headsWidth * share * tokens),
       peakBytes: this.#gpu.memory.totalBytes,
+      ...(model.sparsity.pattern.kind === "dense" ? {} : { density: share }),
     };
   }
 
@@ -412,6 +443,14 @@ export class Benchmark {
   #attentionFlop(tokens: number): number {
     const { nHead, headDim } = this.#config;
     return 4 * nHead * headDim * tokens * (tokens + 1) / 2;
+  }
+
+  /** The same over the blocks of lists, in all heads alike. */
+  #sparseFlop({ full, partial }: BlockLists): number {
+    const { nHead, headDim } = this.#config;
+    const pairs = full.indices.length * KV_BLOCK ** 2 +
+      partial.indices.length * KV_BLOCK * (KV_BLOCK + 1) / 2;
+    return 4 * nHead * headDim * pairs;
   }
 
   #gemmSizes(name: GemmName): { inner: number; columns: number; epilogue: Epilogue } {
@@ -471,10 +510,11 @@ export class Benchmark {
     firstPosition: number,
     qLen: number,
   ): void {
-    const { blocks, table } = kv;
+    const { blocks, table, lists } = kv;
     for (const { range, k, v } of kv.parts) {
       const problem = { qLen, firstPosition, blocks, range, scale };
-      r.dispatch(kernel, variant, problem, { qkv, k, v, block_table: table, out });
+      const sparse = lists ? { block_lists: lists } : {};
+      r.dispatch(kernel, variant, problem, { qkv, k, v, block_table: table, out, ...sparse });
     }
   }
 
@@ -591,8 +631,40 @@ interface ComparedResults {
   readonly run: (first: number, count: number) => Promise<Float32Array>;
 }
 
+/** Rows that attention may read, also where tiles of queries begin anywhere in a block. */
 function paddedRows(rows: number): number {
-  return ATTENTION_ROWS * Math.ceil(rows / ATTENTION_ROWS);
+  return ATTENTION_ROWS * Math.ceil((rows + KV_BLOCK - 1) / ATTENTION_ROWS);
+}
+
+/** The share of a context's blocks that its last token attends to in decoding, over all layers and heads. */
+function decodeDensity({ sparsity, config: { nLayer, nHead } }: Gpt2, tokens: number): number {
+  const rows = Math.ceil(tokens / KV_BLOCK);
+  if (!hasLists(sparsity)) return sparsityDensity(sparsity, { layers: nLayer, heads: nHead }, rows);
+  const lists = Array.from({ length: nLayer }, (_, layer) => layerLists(sparsity, layer, nHead, rows)).flat();
+  const ofLast = (indptr: Uint32Array) => indptr[rows]! - indptr[rows - 1]!;
+  const kept = lists.reduce(
+    (sum, { full, partial }) => sum + ofLast(full.indptr) + ofLast(partial.indptr),
+    0,
+  );
+  return kept / (lists.length * rows);
+}
+
+/**
+ * Lists of random blocks, each row's own and of the others as many as make `share` of the row: what the cost of
+ * block-sparse attention is measured with where no pattern is asked for.
+ */
+export function randomLists(rows: number, share: number): BlockLists {
+  const kept = Array.from({ length: rows }, (_, row) => {
+    const others = Math.min(row, Math.round(share * (row + 1) - 1));
+    if (others <= 0) return [];
+    const byDraw = Array.from({ length: row }, (_, block) => ({ block, draw: fmix32(row * rows + block) }));
+    return byDraw.sort((a, b) => a.draw - b.draw).slice(0, others).map(({ block }) => block)
+      .sort((a, b) => a - b);
+  });
+  const full = { indptr: new Uint32Array(rows + 1), indices: Uint32Array.from(kept.flat()) };
+  kept.forEach((blocks, row) => full.indptr[row + 1] = full.indptr[row]! + blocks.length);
+  const diagonal = Uint32Array.from({ length: rows + 1 }, (_, row) => row);
+  return { rows, full, partial: { indptr: diagonal, indices: diagonal.slice(0, rows) } };
 }
 
 function scoresLabel({ first, heads }: HeadRange): string {

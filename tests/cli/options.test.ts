@@ -253,6 +253,7 @@ describe("parseOptions accepts", () => {
       phases: ["prefill", "attention", "gemm"],
       contexts: [1024, 4096, 16384],
       attention: ["flash"],
+      sparsity: undefined,
       modelShape: undefined,
       runs: 5,
       batch: [1],

@@ -9,7 +9,13 @@ import {
 } from "../../src/kernels/gemv/gemv.ts";
 import { layerNormReference } from "../../src/kernels/layer_norm/reference.ts";
 import type { Epilogue } from "../../src/kernels/matmul/matmul.ts";
-import { MAX_SPLITS, mostSplits, splitCount } from "../../src/kernels/shared/shared.ts";
+import {
+  KV_BLOCK,
+  MAX_SPLITS,
+  mostSplits,
+  packSequence,
+  splitCount,
+} from "../../src/kernels/shared/shared.ts";
 import { type Capabilities, openDevice } from "../../src/runtime/device.ts";
 import { type Elem, type Op, supports } from "../../src/runtime/kernel.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, maxAbs, reportErrors } from "../support/compare.ts";
@@ -166,7 +172,7 @@ function mergeOf(heads: number, headDim: number): Source {
     rows(_, rows, sequences) {
       const maxSplits = mostSplits(sequences);
       const kept = Array.from({ length: rows }, (_, r) => KEPT_BLOCKS[r % KEPT_BLOCKS.length]!);
-      // Of slices that do not exist only the sum is written: 0.
+      // Of slices that do not exist only the sum is written: 0; and zeros in the first of a row that has none.
       const partialOut = new Float64Array(rows * maxSplits * inner).fill(NaN);
       const partialMl = new Float64Array(rows * maxSplits * heads * 2).map((_, i) => i % 2 ? 0 : -3e38);
       const x = { exact: [] as number[], plain: [] as number[], sizes: [] as number[] };
@@ -175,6 +181,7 @@ function mergeOf(heads: number, headDim: number): Source {
           const count = splitCount(blocks, maxSplits);
           if (count === 0) {
             const zeros = new Array<number>(4 * headDim4).fill(0);
+            partialOut.set(zeros, (r * maxSplits * heads + h) * 4 * headDim4);
             for (const rows of Object.values(x)) rows.push(...zeros);
             continue;
           }
@@ -192,10 +199,15 @@ function mergeOf(heads: number, headDim: number): Source {
           x.sizes.push(...padRows(combineReference(absolute), headDim));
         }
       });
+      // Of a row that attends to fewer blocks than it has, too.
+      const states = kept.flatMap((blocks, r) => [
+        ...packSequence({ length: KV_BLOCK * (blocks + (r % 2 ? 9 : 0)), step: 7, seed: 9 }),
+      ]);
       return {
         perRow: {
           partial_out: tensor("f32", partialOut),
           partial_ml: tensor("f32", partialMl),
+          sequences: tensor("u32", states),
         },
         shared: {},
         ...x,

@@ -156,7 +156,8 @@ function declaredWorkgroupBytes(kernel: AnyKernel, variant: object): number {
   return total;
 }
 
-const TOO_NARROW = /The x-dimension of workgroup_size \(\d+\) must be a multiple of the device maxSubgroupSize/;
+const TOO_NARROW =
+  /The x-dimension of workgroup_size \(\d+\) must be a multiple of the device maxSubgroupSize/;
 
 /**
  * Subgroups of the null device have up to 128 lanes, and it wants matrices in workgroups of a multiple of that. This is

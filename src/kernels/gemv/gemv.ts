@@ -1,6 +1,6 @@
 import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
 import { type Epilogue, epilogueFile, EPILOGUES, type MatmulProblem, storeFile } from "../matmul/matmul.ts";
-import { existingColumns, workgroupSum } from "../shared/shared.ts";
+import { existingColumns, KV_BLOCK, sequenceStruct, workgroupSum } from "../shared/shared.ts";
 import finishSubgroupText from "./finish_subgroup.wgsl" with { type: "text" };
 import finishWorkgroupText from "./finish_workgroup.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
@@ -156,7 +156,11 @@ export const layerNormGemv = ofEachForm<LayerNormGemvVariant, LayerNormGemvProbl
   workgroupBytes: (v, form) => 16 * Math.ceil(v.rows / 2) + (form === "subgroup" ? 0 : 4 * lanesOf(v)),
 });
 
-const mergeFiles = [file("merge_bindings", mergeBindingsText), file("merge", mergeText)];
+const mergeFiles = [
+  file("merge_bindings", mergeBindingsText),
+  file("merge", mergeText),
+  sequenceStruct,
+];
 
 /**
  * `out[rows, columns] = epilogue(x · w + bias)` where `x[rows, heads, headDim]` is the attention of one query a row,
@@ -169,12 +173,13 @@ export const mergeGemv = ofEachForm<MergeGemvVariant, MatmulProblem>({
     workgroup: [...mergeFiles, file("merge_workgroup", mergeWorkgroupText)],
     software: [...mergeFiles, file("merge_workgroup", mergeWorkgroupText)],
   },
-  bindings: { partial_out: "read", partial_ml: "read" },
+  bindings: { partial_out: "read", partial_ml: "read", sequences: "read" },
   params: {},
   values: () => ({}),
   consts: ({ heads, headDim4, maxSplits }) => ({
     HEADS: heads,
     HEAD_DIM4: headDim4,
+    KV_BLOCK,
     MAX_SPLITS: maxSplits,
   }),
   workgroupBytes: (v) =>
