@@ -1,6 +1,6 @@
 /** Where the names of points go, so that they hide neither each other nor the points. All sizes are pixels. */
 
-/** A map from values to pixels, of the given domain: with it labels are placed where Vega draws the points. */
+/** A map from values to pixels: where Vega draws a point of the same domain. */
 export interface Scale {
   readonly type: "linear" | "log";
   /** The value at pixel 0 and the one at pixel `size`. */
@@ -44,9 +44,18 @@ const LINE_HEIGHT = 1.15 * LABEL_SIZE;
 const CHARACTER_WIDTH = 0.56 * LABEL_SIZE;
 /** Half of a point's mark, with a margin. */
 const MARK_RADIUS = 5;
-
 /** Half of a line's width, with a margin. */
 const LINE_RADIUS = 2;
+
+// Costs are in square pixels of points and texts hidden.
+/** Of a square pixel of a line: the rest of it can be followed. */
+const LINE_COST = 0.5;
+/** Of a pixel further away from the point. */
+const DISTANCE_COST = 1;
+/** Of each other point that is nearer to the text than its own. */
+const DOUBT_COST = 50;
+/** Each text is placed again when the others are. */
+const ROUNDS = 5;
 
 /** Near ones first. */
 const OFFSETS: readonly Offset[] = [8, 14, 22, 32].flatMap((distance): Offset[] => {
@@ -85,15 +94,6 @@ function overlapOf(a: Box, b: Box): number {
     bottom: Math.min(a.bottom, b.bottom),
   });
 }
-
-/** What it costs to hide a line, of which enough is left to follow, to what it costs to hide a point or a text. */
-const LINE_COST = 0.5;
-/** What it costs to be a pixel further away, in pixels of area hidden. */
-const DISTANCE_COST = 1;
-/** What it costs to be nearer to another point than to the own, in the same. */
-const DOUBT_COST = 50;
-/** Each text is placed again when the others are. */
-const ROUNDS = 5;
 
 function distanceOf({ left, right, top, bottom }: Box, { x, y }: Place): number {
   return Math.hypot(Math.max(left - x, 0, x - right), Math.max(top - y, 0, y - bottom));

@@ -27,13 +27,13 @@ interface VegaLite {
   compile(spec: JsonObject): { readonly spec: JsonObject };
 }
 
-/** Text of all pictures; `labels.ts` estimates its width. */
-export const FONT = "Helvetica, Arial, sans-serif";
+/** `labels.ts` estimates how wide its text is. */
+const FONT = "Helvetica, Arial, sans-serif";
 
 /** GitHub's dark theme shows through what is not painted. */
 const BACKGROUND = "white";
 
-/** Dark enough for text on white, and distinct without red against green: after Okabe and Ito (2008). */
+/** Of marks and the texts beside them: all are dark enough to be read on white. */
 export const COLOURS = [
   "#0072b2",
   "#c14e00",
@@ -42,7 +42,7 @@ export const COLOURS = [
   "#7a6200",
   "#3c3c3c",
   "#5a4fcf",
-  "#2a87b0",
+  "#217ba3",
   "#a1182f",
   "#5d7f00",
 ];
@@ -62,7 +62,7 @@ async function load(name: string): Promise<unknown> {
   }
 }
 
-/** Writes the picture of a Vega-Lite specification, without `$schema`, background and font. */
+/** Writes the picture of a Vega-Lite specification; `$schema`, background and `config` are added to it. */
 export async function drawPicture(spec: JsonObject, path: string): Promise<void> {
   const vega = await load("vega") as Vega;
   const vegaLite = await load("vega-lite") as VegaLite;

@@ -295,11 +295,18 @@ describe("what a model allocates is what was planned", () => {
     ["a head of its own", { config: { ...AWKWARD, nHead: 2 }, lmHead: "separate" }],
     ["one layer, one head", { config: { nLayer: 1, nHead: 1, nEmbd: 4, nPositions: 70, vocabSize: 5 } }],
   ];
-  const runs: readonly (Pick<Gpt2Options, "context" | "scoring"> & { decoding: DecodingPlan })[] = [
+  type Run = Pick<Gpt2Options, "context" | "scoring" | "sparsity"> & { readonly decoding: DecodingPlan };
+  const runs: readonly Run[] = [
     { context: 1, decoding: DECODING },
     { context: 65, scoring: true, decoding: { sequences: 3, inFlight: 4, logprobs: 2 } },
     { context: 550, decoding: { sequences: 2, inFlight: 1 } },
     { context: 1100, scoring: true, decoding: DECODING },
+    { context: 550, sparsity: { pattern: { kind: "strided", window: 64, stride: 128 } }, decoding: DECODING },
+    {
+      context: 550,
+      sparsity: { pattern: { kind: "topk", keys: 256 } },
+      decoding: { sequences: 2, inFlight: 1 },
+    },
   ];
   const dirs = checkpoints.map(([name, options]) =>
     writeTinyCheckpoint(join(folder.path, name), { ...options, dtype: "F16" }).dir
