@@ -1,6 +1,6 @@
 /**
- * What the measurements of attention patterns share: their options and texts, models that are on the device only
- * while they are used, and decoding of tokens that are known.
+ * What the measurements of attention patterns share: their options and texts, models that are on the device
+ * only while they are used, and decoding of tokens that are known.
  */
 import { readIds } from "../src/cli/input.ts";
 import { chooseElem, openSparsity } from "../src/cli/load.ts";
@@ -15,11 +15,13 @@ import type { WeightSource } from "../src/model/weight_source.ts";
 import { type Gpu, openDevice } from "../src/runtime/device.ts";
 import { provenance, writeResult } from "./provenance.ts";
 
-/** Every static pattern at two densities, and the choice of blocks while decoding. */
+/** Every static pattern at two densities, masks with some layers dense, and the choice of blocks while decoding. */
 const PATTERNS = [
   ...["local:1024", "local:4096", "sink:64+local:1024", "sink:64+local:4096"],
   ...["strided:1024,1024", "strided:1024,256", "bigbird:64,1024,1024", "bigbird:64,1024,4096"],
-  ...["butterfly", "butterfly:512", "topk:1024", "topk:2048"],
+  ...["butterfly", "butterfly:512"],
+  ...["layers-0-2-dense", "layers-3-5-local"].map((name) => `file:bench/masks/${name}.json`),
+  ...["topk:1024", "topk:2048"],
 ];
 
 /** For `parseArgs`. */
@@ -192,8 +194,9 @@ export interface Prediction {
 }
 
 /**
- * Prefills `start` tokens of a document and decodes the `count` after them. Yields, behind each decoded token, what
- * the models predict to come next. They take every step together, so that their ways to the GPU and back overlap.
+ * Prefills `start` tokens of a document and decodes the `count` after them. Yields, behind each decoded token,
+ * what the models predict to come next. They take every step together, so that their ways to the GPU and back
+ * overlap.
  */
 export async function* decodeKnown(
   readers: readonly Reader[],

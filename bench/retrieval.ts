@@ -5,15 +5,15 @@
  *         [--patterns "local:1k;topk:1k"] [--distances 512,2k,4k,8k,15k] [--passages 6] [--out FILE.json]
  *         [--commit ID] IDS.json…
  *
- * Every file holds the token ids of one text. A document is the first window of one text with a passage of another,
- * 256 tokens, in place of its last ones, and the same passage once more `distance` tokens before. What counts is the
- * mean negative log-likelihood, in nats, of the last 128 tokens; in the control, other tokens of the passage's text
- * are in place of the first copy. The gain is the difference of the two. A pattern sees the passage if its gain is
- * at least half of that of dense attention.
+ * Every file holds the token ids of one text. A document is the first window of one text with a passage of
+ * another, 256 tokens, in place of its last ones, and the same passage once more `distance` tokens before. What
+ * counts is the mean negative log-likelihood, in nats, of the last 128 tokens; in the control, other tokens of
+ * the passage's text are in place of the first copy. The gain is the difference of the two. A pattern sees the
+ * passage if its gain is at least half of that of dense attention.
  *
- * Document i has text i, and its passage is of text i + 1, counted round: it begins 1024 i tokens behind the first
- * window, and the control's tokens 512 behind that. `topk` chooses blocks only while decoding: there the second copy
- * is decoded, and all before it is prefilled.
+ * Document i has text i, and its passage is of text i + 1, counted round: it begins 1024 i tokens behind the
+ * first window, and the control's tokens 512 behind that. `topk` chooses blocks only while decoding: there the
+ * second copy is decoded, and all before it is prefilled.
  */
 import { basename } from "node:path";
 import { parseArgs } from "node:util";

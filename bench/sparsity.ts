@@ -1,13 +1,15 @@
 /**
- * What attention patterns cost in quality: every pattern against dense attention over the same tokens of long texts.
+ * What attention patterns cost in quality: every pattern against dense attention over the same tokens of long
+ * texts.
  *
  *     bun bench/sparsity.ts [--model DIR] [--dtype auto] [--window 16k] [--positions exact]
  *         [--patterns "local:1k;topk:1k"] [--topk-tokens 512] [--out FILE.json] [--commit ID] IDS.json…
  *
  * Every file holds the token ids of one text, of which the first window is scored; figures are over all texts.
- * `topk` chooses blocks only while decoding: the tokens before a place are prefilled, and `--topk-tokens` from there
- * on are decoded as the text has them. Places are where each range of positions from 4,096 on begins, and the end of
- * the window. Its figures, those of dense attention among them, are about the tokens that the decoded ones predict.
+ * `topk` chooses blocks only while decoding: the tokens before a place are prefilled, and `--topk-tokens` from
+ * there on are decoded as the text has them. Places are where each range of positions from 4,096 on begins, and
+ * the end of the window. Its figures, those of dense attention among them, are about the tokens that the
+ * decoded ones predict.
  */
 import { basename } from "node:path";
 import { parseArgs } from "node:util";

@@ -16,7 +16,13 @@ import {
 import { divergenceCandidates, type DivergenceProblem } from "./divergence/divergence.ts";
 import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
 import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
-import { type DecodeBlocks, splitKvCandidates, type SplitKvProblem } from "./flash_decode/flash_decode.ts";
+import {
+  type DecodeBlocks,
+  splitKvCandidates,
+  type SplitKvProblem,
+  topkSplitKvCandidates,
+  type TopkSplitKvProblem,
+} from "./flash_decode/flash_decode.ts";
 import {
   gemvCandidates,
   layerNormGemv,
@@ -80,7 +86,7 @@ interface RoleProblems {
   readonly decodeQkv: LayerNormGemvProblem;
   readonly decodeAttention: SplitKvProblem;
   readonly sparseDecodeAttention: SplitKvProblem;
-  readonly topkDecodeAttention: SplitKvProblem;
+  readonly topkDecodeAttention: TopkSplitKvProblem;
   readonly summarizeBlocks: SummarizeProblem;
   readonly selectBlocks: SelectProblem;
   readonly decodeProjection: MatmulProblem;
@@ -131,7 +137,14 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     decodeQkv: fromStream("bias"),
     decodeAttention: splitKv("all"),
     sparseDecodeAttention: splitKv("listed"),
-    topkDecodeAttention: splitKv("selected"),
+    topkDecodeAttention: topkSplitKvCandidates(
+      elem,
+      heads,
+      headDim4,
+      unroll,
+      merging.maxSplits,
+      capacity,
+    ),
     summarizeBlocks: summarizeCandidates(elem, headDim4, unroll),
     selectBlocks: selectCandidates(elem, heads, headDim4, capacity, unroll),
     decodeProjection: gemvCandidates(
@@ -273,6 +286,13 @@ export interface BatchKvView extends KvView {
   readonly tableBlocks: number;
   /** `[sequences, heads, 1 + tableBlocks]` u32, where blocks are selected. */
   readonly selected: GpuBuffer | undefined;
+}
+
+/** How many blocks each sequence keeps where they are selected. */
+export interface BlockSelection {
+  readonly keep: number;
+  /** Sequences of fewer blocks keep all of them. */
+  readonly leastBlocks: number;
 }
 
 /** Rows of a table too large for one binding, in several buffers of whole rows. */
@@ -477,12 +497,15 @@ export class ModelKernels {
     }
   }
 
-  /** Chooses the blocks that each sequence's query attends to, from `qkv` and the summaries of the blocks before. */
+  /**
+   * Chooses the blocks that each sequence's query attends to, from `qkv` and the summaries of the blocks before, as far as
+   * `decodeAttention` does not.
+   */
   selectBlocks(
     r: Dispatcher,
     { qkv, sequences }: Pick<DecodeBuffers, "qkv" | "sequences">,
     kv: BatchKvView,
-    p: { sequences: number; keep: number; leastBlocks: number },
+    p: { sequences: number } & BlockSelection,
   ): void {
     const { blocks, tableBlocks, table, selected } = kv;
     for (const { range, k, summaries } of kv.parts) {
@@ -501,12 +524,14 @@ export class ModelKernels {
   /**
    * Appends a key and a value to each sequence, and attends from its one query to them, as far as lists or the selection
    * go, in slices that `mergedGemv` puts together.
+   * @param selection what `selectBlocks` was given, where blocks are selected
    */
   decodeAttention(
     r: Dispatcher,
     buffers: DecodeBuffers,
     kv: BatchKvView,
     p: { sequences: number; scale: number },
+    selection?: BlockSelection,
   ): void {
     const { qkv, sequences, partialOut, partialMl } = buffers;
     const { blocks, tableBlocks, table, lists, selected } = kv;
@@ -522,8 +547,10 @@ export class ModelKernels {
         partial_ml: partialMl,
       };
       if (lists) this.#run(r, "sparseDecodeAttention", problem, { ...buffers, block_lists: lists });
-      else if (selected) this.#run(r, "topkDecodeAttention", problem, { ...buffers, selected });
-      else this.#run(r, "decodeAttention", problem, buffers);
+      else if (selected) {
+        if (!selection) throw new Error("Nobody says how many blocks to select");
+        this.#run(r, "topkDecodeAttention", { ...problem, ...selection }, { ...buffers, selected });
+      } else this.#run(r, "decodeAttention", problem, buffers);
     }
   }
 

@@ -537,11 +537,11 @@ export class Gpt2 {
       const attention = { qkv, ...buffers };
       kernels.normedGemv(list, x, block.ln_1, block.c_attn, qkv, sequences, "bias");
       const kv = this.#cache.layerOfAll(i);
-      if (pattern.kind === "topk") {
-        const keep = keptByTopk(pattern);
-        kernels.selectBlocks(list, attention, kv, { sequences, keep, leastBlocks: TOPK_LEAST_BLOCKS });
-      }
-      kernels.decodeAttention(list, attention, kv, { sequences, scale: this.#scale(i) });
+      const selection = pattern.kind === "topk"
+        ? { keep: keptByTopk(pattern), leastBlocks: TOPK_LEAST_BLOCKS }
+        : undefined;
+      if (selection) kernels.selectBlocks(list, attention, kv, { sequences, ...selection });
+      kernels.decodeAttention(list, attention, kv, { sequences, scale: this.#scale(i) }, selection);
       kernels.mergedGemv(list, attention, block.c_proj, x, sequences);
       kernels.normedGemv(list, x, block.ln_2, block.c_fc, hidden, sequences, "bias_gelu");
       kernels.outputGemv(list, hidden, block.mlp_c_proj, x, sequences);

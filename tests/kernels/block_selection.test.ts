@@ -1,12 +1,12 @@
 import { afterAll, describe, expect, test } from "bun:test";
 import {
   LEAST_KEPT,
-  selectBlocks,
+  scoreBlocks,
+  scoreVariant,
   selectCandidates,
   selectedBytes,
   type SelectProblem,
-  selectVariant,
-  subgroupSelectBlocks,
+  subgroupScoreBlocks,
   summarizeCandidates,
   type SummarizeProblem,
   summaryBytes,
@@ -349,20 +349,23 @@ function randomGiven(
 
 type Rule = Omit<SelectionRule, "length">;
 
+/** What no kernel writes to `selected`. */
+const UNWRITTEN = 0xfffffff0;
+
 /**
  * Runs one step of all sequences, with NaN wherever the kernel has no business: in summaries of blocks that
  * are not complete, of the one that has just become it, of the first, which needs none, and of nobody's; in
- * keys of all blocks but the one just completed. Checks that nothing is written but lists and that one
+ * keys of all blocks but the one just completed. Checks that nothing is written but `selected` and that one
  * summary, which is judged.
- * @returns for each sequence and head the blocks that are listed
+ * @returns for each sequence and head its line of `selected`
  */
-async function runSelect(
+async function runStep(
   select: Op<SelectProblem>,
   shape: Heads,
   given: readonly Given[],
   { keep, leastBlocks }: Rule,
   splitHeads = false,
-): Promise<number[][][]> {
+): Promise<Uint32Array[][]> {
   const { heads } = shape;
   const elem = elemOf(select);
   const stride = strideOf(shape);
@@ -371,8 +374,7 @@ async function runSelect(
   const { lines, blocks } = scrambledLines(rows.map((row) => row + 1));
   const { table, tableBlocks } = tableOf(lines);
   const sequences = given.length;
-  const listLength = 1 + tableBlocks;
-  const unlisted = 0xfffffff0;
+  const lineLength = 1 + tableBlocks;
   const tensors: Record<string, Tensor> = {
     block_table: table,
     qkv: tensor(
@@ -386,7 +388,7 @@ async function runSelect(
       "u32",
       given.flatMap(({ length }) => Array.from(packSequence({ length, step: 3, seed: -1 }))),
     ),
-    selected: tensor("u32", new Uint32Array(sequences * heads * listLength).fill(unlisted)),
+    selected: tensor("u32", new Uint32Array(sequences * heads * lineLength).fill(UNWRITTEN)),
   };
   const ranges = headRanges(heads, splitHeads);
   const held = new Map<string, Float64Array>();
@@ -431,11 +433,30 @@ async function runSelect(
   const words = new Uint32Array(results["selected"]!.slice().buffer);
   return given.map((_, s) =>
     Array.from({ length: heads }, (_, h) => {
-      const at = (s * heads + h) * listLength;
-      const count = words[at]!;
-      const list = Array.from(words.subarray(at + 1, at + listLength));
-      expect(list.slice(count)).toEqual(new Array<number>(Math.max(tableBlocks - count, 0)).fill(unlisted));
-      return list.slice(0, count);
+      const at = (s * heads + h) * lineLength;
+      return words.slice(at, at + lineLength);
+    })
+  );
+}
+
+/**
+ * The same for a kernel that lists blocks. Checks that nothing is written behind a list.
+ * @returns for each sequence and head the blocks that are listed
+ */
+async function runSelect(
+  select: Op<SelectProblem>,
+  shape: Heads,
+  given: readonly Given[],
+  rule: Rule,
+  splitHeads = false,
+): Promise<number[][][]> {
+  const lines = await runStep(select, shape, given, rule, splitHeads);
+  return lines.map((ofHeads) =>
+    ofHeads.map((line) => {
+      const list = Array.from(line.subarray(1, 1 + line[0]!));
+      const behind = Array.from(line.subarray(1 + line[0]!));
+      expect(behind).toEqual(new Array<number>(behind.length).fill(UNWRITTEN));
+      return list;
     })
   );
 }
@@ -518,40 +539,19 @@ function numbers(first: number, end: number): number[] {
 /** The same in all tests: each takes software Vulkan a second to compile. */
 const CAPACITY = 2048;
 
-/**
- * Kernels as GPUs run them, several lanes for a block and several blocks a lane, for workgroups that software
- * Vulkan compiles; the one for subgroups for whatever subgroups the device has.
- */
-function severalLanes(elem: Elem, { heads, headDim }: Heads): Op<SelectProblem>[] {
-  const { subgroupMaxSize: subgroup } = gpu.caps;
-  const headDim4 = Math.ceil(headDim / 4);
-  const variant = (lanes: number, rowLanes: number) => ({
-    ...selectVariant(elem, heads, headDim4, { capacity: CAPACITY, lanes, unroll: false }),
-    rowLanes,
-    vectors: 2,
-    batch: 2,
-  });
-  const ops = [op(selectBlocks, variant(64, 4))];
-  if (subgroup > 0) {
-    const lanes = 4 * subgroup;
-    ops.push(op(subgroupSelectBlocks, { ...variant(lanes, Math.min(subgroup, 4)), subgroup }));
-  }
-  return runnable(gpu, ops);
-}
-
 const ALWAYS_SPARSE = 0;
+
+/** One vector, those that lanes share evenly and unevenly, and several trips; a shape takes seconds to compile. */
+const SCORED_SHAPES = HEAD_SHAPES.filter(({ headDim }) => [3, 64, 80, 520].includes(headDim));
 
 describe("block_selection/select", () => {
   afterAll(reportErrors);
   eachElem(gpu, (elem) => {
-    for (const shape of HEAD_SHAPES) {
-      const { heads } = shape;
+    for (const shape of SCORED_SHAPES) {
       const headDim4 = Math.ceil(shape.headDim / 4);
-      const candidates = (unroll: boolean) => selectCandidates(elem, heads, headDim4, CAPACITY, unroll);
-      const chosen = attentionOps(gpu, candidates, headDim4);
-      // Rows that lanes share evenly and unevenly, in one trip and in several.
-      if ([6, 64, 80].includes(shape.headDim)) chosen.push(...severalLanes(elem, shape));
-      for (const select of chosen) {
+      for (
+        const select of runnable(gpu, selectCandidates(elem, shape.heads, headDim4, CAPACITY, false))
+      ) {
         test(`${titleOf(select)} chooses what the reference chooses`, async () => {
           for (const length of [20 * KV_BLOCK, 41 * KV_BLOCK + 17]) {
             const given = randomGiven(shape, length, length, elem);
@@ -563,11 +563,7 @@ describe("block_selection/select", () => {
 
     // What is not about the size of heads is tested with these.
     const shape: Heads = { heads: 3, headDim: 8 };
-    const ops = [
-      ...runnable(gpu, selectCandidates(elem, 3, 2, CAPACITY, false)),
-      ...severalLanes(elem, shape),
-    ];
-    for (const select of ops) {
+    for (const select of runnable(gpu, selectCandidates(elem, 3, 2, CAPACITY, false))) {
       const title = titleOf(select);
 
       test(`${title}: any length`, async () => {
@@ -680,6 +676,153 @@ describe("block_selection/select", () => {
   });
 });
 
+/** The score that a key stands for. */
+function scoreOfKey(key: number): number {
+  const bits = key >= 2 ** 31 ? key - 2 ** 31 : ~key >>> 0;
+  return new Float32Array(Uint32Array.of(bits).buffer)[0]!;
+}
+
+/** The sum over columns in order, every operation in f32. */
+function plainScore(query: ArrayLike<number>, summary: ArrayLike<number>): number {
+  const { fround, abs } = Math;
+  const headDim = query.length;
+  let sum = 0;
+  for (let d = 0; d < headDim; d++) {
+    sum = fround(sum + fround(query[d]! * summary[d]!));
+    sum = fround(sum + fround(abs(query[d]!) * summary[headDim + d]!));
+  }
+  return sum;
+}
+
+/** Runs one step and judges the scores of all blocks that have one; nothing else may be written. */
+async function checkScores(
+  score: Op<SelectProblem>,
+  shape: Heads,
+  given: readonly Given[],
+  rule: Rule,
+  splitHeads = false,
+): Promise<Uint32Array[][]> {
+  const lines = await runStep(score, shape, given, rule, splitHeads);
+  for (const [s, one] of given.entries()) {
+    const row = Math.floor(one.length / KV_BLOCK);
+    const isDense = row < rule.keep || row + 1 < rule.leastBlocks;
+    const scored = isDense ? [] : numbers(1, row - 1);
+    for (const [head, line] of lines[s]!.entries()) {
+      const others = Array.from(line).filter((_, i) => !scored.includes(i - 1));
+      expect(others).toEqual(new Array<number>(others.length).fill(UNWRITTEN));
+      if (scored.length === 0) continue;
+      const { query, summaries } = headOf(one, shape, head);
+      const { scores } = selectReference(query, summaries, { ...rule, length: one.length });
+      const width = 2 * shape.headDim;
+      const summary = (block: number) => summaries.subarray(block * width, (block + 1) * width);
+      const magnitudes = scored.map((block) =>
+        summary(block).reduce((sum, x, i) => sum + Math.abs(query[i % shape.headDim]! * x), 0)
+      );
+      expectClose(
+        scored.map((block) => scoreOfKey(line[1 + block]!)),
+        scored.map((block) => scores[block]!),
+        scored.map((block) => plainScore(query, summary(block))),
+        { kernel: score.kernel.name, elem: elemOf(score), stored: "f32", magnitude: Math.max(...magnitudes) },
+      );
+    }
+  }
+  return lines;
+}
+
+/**
+ * Kernels as GPUs run them, several lanes for a block and several blocks a lane, for workgroups that software
+ * Vulkan compiles; the one for subgroups for whatever subgroups the device has.
+ */
+function severalLanes(elem: Elem, { heads, headDim }: Heads): Op<SelectProblem>[] {
+  const { subgroupMaxSize: subgroup } = gpu.caps;
+  const headDim4 = Math.ceil(headDim / 4);
+  const variant = (lanes: number, mostRowLanes: number) => {
+    const v = scoreVariant(elem, heads, headDim4, { lanes, batch: 2, unroll: false });
+    return { ...v, rowLanes: Math.min(v.rowLanes, mostRowLanes), vectors: Math.min(v.vectors, 2) };
+  };
+  return runnable(gpu, [
+    op(scoreBlocks, variant(64, 32)),
+    ...(subgroup > 0 ? [op(subgroupScoreBlocks, { ...variant(4 * subgroup, subgroup), subgroup })] : []),
+  ]);
+}
+
+describe("block_selection/score", () => {
+  afterAll(reportErrors);
+  eachElem(gpu, (elem) => {
+    const gpuCandidates = ({ heads, headDim }: Heads) =>
+      gpu.caps.isSoftware
+        ? []
+        : runnable(gpu, selectCandidates(elem, heads, Math.ceil(headDim / 4), CAPACITY, true));
+    for (const shape of SCORED_SHAPES) {
+      for (const score of [...severalLanes(elem, shape), ...gpuCandidates(shape)]) {
+        test(`${titleOf(score)} heads=${shape.heads} matches the f64 reference`, async () => {
+          const given = [20 * KV_BLOCK, 41 * KV_BLOCK + 17].map((n) => randomGiven(shape, n, n, elem));
+          await checkScores(score, shape, given, { keep: 9, leastBlocks: ALWAYS_SPARSE });
+        });
+      }
+    }
+
+    const shape: Heads = { heads: 3, headDim: 8 };
+    for (const score of [...severalLanes(elem, shape), ...gpuCandidates(shape)]) {
+      const title = titleOf(score);
+
+      test(`${title}: any length`, async () => {
+        const lengths = [
+          ...[0, 1, 63, 64, 65],
+          ...[4, 5, 6, 31, 32, 33, 63, 64, 65, 66, 67, 128, 300].flatMap((blocks) =>
+            [-1, 0, 1].map((n) => blocks * KV_BLOCK + n)
+          ),
+        ];
+        for (const length of lengths) {
+          const given = randomGiven(shape, length, length, elem);
+          await checkScores(score, shape, [given], { keep: LEAST_KEPT, leastBlocks: ALWAYS_SPARSE });
+        }
+      });
+
+      test(`${title}: short sequences get no scores`, async () => {
+        for (const [blocks, keep, leastBlocks] of [[8, 8, 0], [8, 7, 9], [8, 4, 1000], [8, 7, 8]] as const) {
+          const given = randomGiven(shape, blocks * KV_BLOCK - 1, 3, elem);
+          await checkScores(score, shape, [given], { keep, leastBlocks });
+        }
+      });
+
+      test(`${title}: scores of any size and sign, and one key for both zeros`, async () => {
+        const rule = { keep: 20, leastBlocks: ALWAYS_SPARSE };
+        const large = elem === "f16" ? 2 ** 14 : 2 ** 100;
+        for (const [mean, size] of [[0, 1e-3], [-50, 1], [50, 1], [0, large], [100, 0.01]] as const) {
+          const given = randomGiven(shape, 50 * KV_BLOCK + 30, 21, elem, { mean, size });
+          await checkScores(score, shape, [given], rule);
+        }
+        const given = randomGiven(shape, 50 * KV_BLOCK + 30, 22, elem);
+        const zeros = given.summaries.map((_, i) => Math.floor(i / 16) % 2 === 0 ? 0 : -0);
+        const lines = await checkScores(score, shape, [{ ...given, summaries: zeros }], rule);
+        expect(new Set(lines[0]![0]!.subarray(2, 50))).toEqual(new Set([2 ** 31]));
+      });
+
+      test(`${title}: heads in two buffers, and sequences together, give the bits of each alone`, async () => {
+        const rule = { keep: 10, leastBlocks: 12 };
+        const lengths = [100 * KV_BLOCK + 3, 1, 64, 64 * KV_BLOCK, 0, 11 * KV_BLOCK, 300 * KV_BLOCK - 1, 63];
+        const given = lengths.map((length) => randomGiven(shape, length, length, elem));
+        const together = await checkScores(score, shape, given, rule);
+        expect(await checkScores(score, shape, given, rule, true)).toEqual(together);
+        for (const [s, one] of given.entries()) {
+          const [alone] = await checkScores(score, shape, [one], rule);
+          alone!.forEach((line, head) => expect(line).toEqual(together[s]![head]!.slice(0, line.length)));
+        }
+      });
+
+      test(`${title}: 1,100 blocks, ten times with the same bits`, async () => {
+        const given = [1100 * KV_BLOCK, 70 * KV_BLOCK + 1].map((n) => randomGiven(shape, n, n, elem));
+        const rule = { keep: 31, leastBlocks: ALWAYS_SPARSE };
+        await checkScores(score, shape, given, rule);
+        await expectTenIdenticalRuns(async () =>
+          Float32Array.from((await runStep(score, shape, given, rule)).flat().flatMap((line) => [...line]))
+        );
+      });
+    }
+  });
+});
+
 describe("block_selection on other devices", () => {
   const headDims4 = [1, 2, 3, 4, 5, 16, 20, 32, 64, 128];
 
@@ -703,7 +846,7 @@ describe("block_selection on other devices", () => {
             }
           }
           const first = ops.find(({ kernel, variant }) => supports(kernel, variant, caps) === true)!;
-          expect(first.kernel.name).toBe(`block_selection/${unroll ? "subgroup_select" : "select"}`);
+          expect(first.kernel.name).toBe(`block_selection/${unroll ? "subgroup_score" : "select"}`);
         }
       }
     }

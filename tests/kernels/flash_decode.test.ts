@@ -1,12 +1,24 @@
 import { afterAll, describe, expect, test } from "bun:test";
+import {
+  scoreBlocks,
+  scoreVariant,
+  selectBlocks,
+  type SelectProblem,
+} from "../../src/kernels/block_selection/block_selection.ts";
+import { type SelectionRule, selectReference } from "../../src/kernels/block_selection/reference.ts";
 import { attentionReference } from "../../src/kernels/flash_attention/reference.ts";
 import {
+  choosingSplitKvAttention,
+  choosingSubgroupSplitKvAttention,
   type DecodeBlocks,
   splitKvAttention,
   splitKvCandidates,
   type SplitKvProblem,
+  splitKvVariants,
   subgroupSplitKvAttention,
   subgroupSplitKvVariants,
+  topkSplitKvCandidates,
+  type TopkSplitKvProblem,
 } from "../../src/kernels/flash_decode/flash_decode.ts";
 import {
   combineReference,
@@ -15,6 +27,7 @@ import {
 } from "../../src/kernels/flash_decode/reference.ts";
 import {
   blocksPerSplit,
+  type HeadRange,
   KV_BLOCK,
   MAX_SPLITS,
   packSequence,
@@ -46,13 +59,14 @@ import {
   rounded,
   runnable,
   runSteps,
+  type Step,
   step,
   type Tensor,
   tensor,
   testDevice,
   titleOf,
 } from "../support/device.ts";
-import { uniformArray } from "../support/random.ts";
+import { normalArray, uniformArray } from "../support/random.ts";
 
 const gpu = await testDevice();
 
@@ -501,6 +515,266 @@ describe("flash_decode", () => {
   });
 });
 
+/** Attention that chooses its blocks itself, and the same text walking a list. */
+interface Pair {
+  readonly choosing: Op<TopkSplitKvProblem>;
+  readonly listing: Decode;
+}
+
+const CAPACITY = 1152;
+const CHOOSING_SHAPE = { heads: 2, headDim: 8 };
+
+function choosingPairs(elem: Elem, maxSplits: number): Pair[] {
+  const { isSoftware, subgroupMaxSize } = gpu.caps;
+  const { heads } = CHOOSING_SHAPE;
+  const own = { capacity: CAPACITY, unroll: !isSoftware };
+  // On software several subgroups, and few blocks a lane: loops over those are unrolled there too.
+  const sizes = isSoftware && subgroupMaxSize > 0
+    ? [{ subgroup: subgroupMaxSize, maxLanes: 16 * subgroupMaxSize, maxKeys: 8 }]
+    : [512, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }));
+  const pairs = [
+    ...splitKvVariants(elem, heads, 2, own.unroll, maxSplits).map((v): Pair => ({
+      choosing: op(choosingSplitKvAttention, { ...v, ...own }),
+      listing: op(splitKvAttention.selected, v),
+    })),
+    ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, 2, size, maxSplits)).map((v): Pair => ({
+      choosing: op(choosingSubgroupSplitKvAttention, { ...v, ...own }),
+      listing: op(subgroupSplitKvAttention.selected, v),
+    })),
+  ];
+  return pairs.filter(({ choosing }) => runnable(gpu, [choosing]).length > 0);
+}
+
+interface Cached {
+  /** Tokens in the cache. */
+  readonly length: number;
+  /** Of each head the keys of its blocks for the search; those that have none are not read. */
+  readonly keys: readonly (readonly number[])[];
+}
+
+type Rule = Omit<SelectionRule, "length">;
+
+function blocksFor(length: number): number {
+  return Math.floor(length / KV_BLOCK) + 1;
+}
+
+/** By what they are made of: drawing them takes longer than the kernels. */
+const drawnRows = new Map<string, Float32Array>();
+
+/** Random rows of some heads, NaN where no sequence has any. */
+function randomRows(
+  seed: number,
+  lengths: readonly number[],
+  { lines, blocks }: { lines: readonly Uint32Array[]; blocks: number },
+  range: HeadRange,
+): Float32Array {
+  const { headDim } = CHOOSING_SHAPE;
+  const name = `${seed} ${lengths} ${range.first} ${range.heads}`;
+  const drawn = drawnRows.get(name);
+  if (drawn) return drawn;
+  const all = new Float32Array(range.heads * blocks * KV_BLOCK * headDim).fill(NaN);
+  for (let h = 0; h < range.heads; h++) {
+    const rows = normalArray(seed + range.first + h, blocks * KV_BLOCK * headDim, 0, 1.5);
+    for (const [s, line] of lines.entries()) {
+      for (const [block, place] of line.entries()) {
+        const first = place * KV_BLOCK * headDim;
+        const end = first + Math.min(KV_BLOCK, lengths[s]! - block * KV_BLOCK) * headDim;
+        all.set(rows.subarray(first, end), h * rows.length + first);
+      }
+    }
+  }
+  drawnRows.set(name, all);
+  return all;
+}
+
+/**
+ * Runs steps on two caches that hold the same, one whose attention chooses its blocks itself and one that
+ * walks a list, and checks that they leave the same bits.
+ * @param steps before attention, by which of the two they are for
+ * @param tensors for these, and `keys` and `lists` unless steps write them
+ * @returns the slices of all sequences
+ */
+async function expectSamePair(
+  { choosing, listing }: Pair,
+  lengths: readonly number[],
+  rule: Rule,
+  { splitHeads = false, lists, keys, before }: {
+    readonly splitHeads?: boolean;
+    readonly keys: (tableBlocks: number) => ArrayLike<number>;
+    readonly lists: (tableBlocks: number) => ArrayLike<number>;
+    readonly before?: { readonly choosing: Op<SelectProblem>; readonly listing: Op<SelectProblem> };
+  },
+): Promise<Float32Array> {
+  const { heads, headDim } = CHOOSING_SHAPE;
+  const elem = elemOf(listing);
+  const { maxSplits } = listing.variant as { maxSplits: number };
+  const sequences = lengths.length;
+  const counts = lengths.map(blocksFor);
+  const table = scrambledTable(counts.reduce((a, b) => a + b) * KV_BLOCK);
+  const blocks = table.length;
+  const tableBlocks = Math.max(...counts) + 1;
+  let taken = 0;
+  const lines = counts.map((count) => table.slice(taken, taken += count));
+  const tensors: Record<string, Tensor> = {
+    // Integers: scores are then exact, in whatever order they are added up.
+    qkv: tensor(elem, normalArray(1, sequences * 3 * heads * headDim, 0, 2).map(Math.round)),
+    block_table: tensor(
+      "u32",
+      lines.flatMap((line) => Array.from({ length: tableBlocks }, (_, i) => line[i] ?? 0xffffffff)),
+    ),
+    sequences: tensor(
+      "u32",
+      lengths.flatMap((length) => Array.from(packSequence({ length, step: 3, seed: -1 }))),
+    ),
+  };
+  const compared: [string, string][] = [];
+  const steps: Step[] = [];
+  for (const [who, attend] of [["choosing", choosing], ["listing", listing]] as const) {
+    const partials = { partial_out: `partial_out ${who}`, partial_ml: `partial_ml ${who}` };
+    const selected = `selected ${who}`;
+    tensors[partials.partial_out] = poison("f32", sequences * maxSplits * heads * headDim);
+    tensors[partials.partial_ml] = poison("f32", sequences * maxSplits * heads * 2);
+    tensors[selected] = tensor("u32", (who === "choosing" ? keys : lists)(tableBlocks));
+    for (const range of headRanges(heads, splitHeads)) {
+      const names = {
+        ...partials,
+        selected,
+        k: `k${range.first} ${who}`,
+        v: `v${range.first} ${who}`,
+        summaries: `summaries${range.first} ${who}`,
+      };
+      const pool = { lines, blocks };
+      tensors[names.k] = tensor(elem, randomRows(10, lengths, pool, range));
+      tensors[names.v] = tensor(elem, randomRows(20, lengths, pool, range));
+      tensors[names.summaries] = tensor(
+        elem,
+        normalArray(30 + range.first, range.heads * blocks * 2 * headDim, 0, 2).map(Math.round),
+      );
+      const problem = { sequences, blocks, tableBlocks, range, ...rule };
+      if (before) steps.push(step(before[who], problem, names));
+      steps.push(step(attend, { ...problem, scale: 0.3 } as TopkSplitKvProblem, names));
+      if (who === "choosing") {
+        for (const name of ["partial_out", "partial_ml", "k", "v", "summaries"] as const) {
+          compared.push([names[name], names[name].replace("choosing", "listing")]);
+        }
+      }
+    }
+  }
+  const results = await runSteps(gpu, steps, tensors, compared.flat());
+  for (const [chosen, listed] of compared) expectSame(results[chosen]!, results[listed]!);
+  return results["partial_out choosing"]!;
+}
+
+/** The same with keys that are given, and the lists that the reference selects by them. */
+function checkChoosing(
+  pair: Pair,
+  cached: readonly Cached[],
+  rule: Rule,
+  splitHeads = false,
+): Promise<Float32Array> {
+  const unread = 0xfffffff0;
+  const inLines = (line: (one: Cached, head: number) => readonly number[]) => (tableBlocks: number) =>
+    cached.flatMap((one) =>
+      one.keys.flatMap((_, head) => {
+        const words = line(one, head);
+        return Array.from({ length: 1 + tableBlocks }, (_, i) => words[i] ?? unread);
+      })
+    );
+  return expectSamePair(pair, cached.map(({ length }) => length), rule, {
+    splitHeads,
+    keys: inLines(({ length, keys }, head) => [
+      unread,
+      ...keys[head]!.map((key, block) => block === 0 || block >= blocksFor(length) - 2 ? unread : key),
+    ]),
+    lists: inLines(({ length, keys }, head) => {
+      const scores = keys[head]!.flatMap((key) => [key, 0]);
+      const { chosen } = selectReference([1], scores, { ...rule, length });
+      return [chosen.length, ...chosen];
+    }),
+  });
+}
+
+/** Sequences of so many blocks, with keys that the two heads' functions make of numbers in [0, 1). */
+function cachedOf(
+  blocks: readonly number[],
+  keyOf: readonly ((x: number, block: number) => number)[],
+): Cached[] {
+  return blocks.map((count, s): Cached => ({
+    // The last block has no key yet, or some, or all but one.
+    length: (count - 1) * KV_BLOCK + [0, 17, 63][s % 3]!,
+    keys: keyOf.map((key, head) => Array.from(uniformArray(100 * s + head, count, 0, 1), key)),
+  }));
+}
+
+const ALWAYS_SPARSE = 0;
+
+describe("flash_decode that chooses its blocks", () => {
+  afterAll(() => drawnRows.clear());
+  eachElem(gpu, (elem) => {
+    // The type has nothing to do with what is chosen: it is another number of slices here.
+    for (const pair of choosingPairs(elem, elem === "f32" ? MAX_SPLITS : 4)) {
+      const title = titleOf(pair.choosing);
+      const many = [1, 2, 3, 4, 5, 6, 7, 63, 64, 65, 66, 130];
+      const anyKey = (x: number) => 1 + Math.floor(x * (2 ** 32 - 2));
+
+      test(`${title}: any number of blocks, and of those to keep`, async () => {
+        const narrow = (x: number) => 0xc0000000 + Math.floor(2 ** 20 * x ** 3);
+        const cached = cachedOf(many, [anyKey, narrow]);
+        for (const keep of [4, 5, 33, 64, 129]) {
+          await checkChoosing(pair, cached, { keep, leastBlocks: ALWAYS_SPARSE });
+        }
+        await checkChoosing(pair, cached, { keep: 4, leastBlocks: 66 });
+      });
+
+      test(`${title}: of equal keys the later`, async () => {
+        const levels = (x: number) => 2 ** 30 * (1 + Math.floor(3 * x));
+        const cached = [
+          cachedOf(many, [() => 2 ** 31, levels]),
+          cachedOf(many, [() => 1, () => 2 ** 32 - 1]),
+        ];
+        for (const keep of [4, 20, 64]) {
+          for (const one of cached) await checkChoosing(pair, one, { keep, leastBlocks: ALWAYS_SPARSE });
+        }
+      });
+
+      test(`${title}: 1,100 blocks, with a few keys far from the others and with rising ones`, async () => {
+        const outliers = (x: number) =>
+          x < 0.01 ? 2 ** 32 - 1 : x < 0.02 ? 1 : 2 ** 31 + Math.floor(1000 * x);
+        const cached = cachedOf([1100], [outliers, (_, block) => 2 ** 31 + block]);
+        for (const keep of [64, 1000]) {
+          await checkChoosing(pair, cached, { keep, leastBlocks: ALWAYS_SPARSE });
+        }
+      });
+
+      test(`${title}: heads in two buffers, sequences alone, and ten runs give the same bits`, async () => {
+        const cached = cachedOf([66, 1, 40], [anyKey, anyKey]);
+        const rule = { keep: 31, leastBlocks: ALWAYS_SPARSE };
+        const together = await checkChoosing(pair, cached, rule);
+        expectSame(await checkChoosing(pair, cached, rule, true), together);
+        for (const one of cached) await checkChoosing(pair, [one], rule);
+        await expectTenIdenticalRuns(() => checkChoosing(pair, cached, rule));
+      });
+
+      test(`${title}: with the kernel that scores, the bits of selecting first`, async () => {
+        const { heads } = CHOOSING_SHAPE;
+        const unroll = false;
+        const scoring = scoreVariant(elem, heads, 2, { lanes: 64, batch: 2, unroll });
+        const selecting = { elem, heads, headDim4: 2, lanes: 64, capacity: CAPACITY, unroll };
+        const lengths = [200 * KV_BLOCK, 64 * KV_BLOCK - 1, 0, 70 * KV_BLOCK + 1, 5 * KV_BLOCK];
+        const nothing = (tableBlocks: number) => new Uint32Array(lengths.length * heads * (1 + tableBlocks));
+        for (const splitHeads of [false, true]) {
+          await expectSamePair(pair, lengths, { keep: 16, leastBlocks: 20 }, {
+            splitHeads,
+            keys: nothing,
+            lists: nothing,
+            before: { choosing: op(scoreBlocks, scoring), listing: op(selectBlocks, selecting) },
+          });
+        }
+      });
+    }
+  });
+});
+
 describe("flash_decode on other devices", () => {
   test("compiles for subgroups of 32 lanes, as GPUs run it", async () => {
     const none = await openDevice({ nullBackend: true });
@@ -512,6 +786,12 @@ describe("flash_decode on other devices", () => {
         const first = ops.find(({ kernel, variant }) => supports(kernel, variant, caps) === true);
         expect(first!.kernel.name).toBe("flash_decode/subgroup_split_kv");
         await none.pipelines.prepare(first!.kernel, first!.variant);
+        for (const capacity of [1024, 8192]) {
+          const topk = topkSplitKvCandidates(elem, 12, headDim4, true, MAX_SPLITS, capacity);
+          const chosen = topk.find(({ kernel, variant }) => supports(kernel, variant, caps) === true);
+          expect(chosen!.kernel.name).toBe("flash_decode/choosing_subgroup_split_kv");
+          await none.pipelines.prepare(chosen!.kernel, chosen!.variant);
+        }
       }
     }
     none.destroy();
@@ -524,6 +804,10 @@ describe("flash_decode on other devices", () => {
       const last = splitKvCandidates("f32", 1, headDim4, true).at(-1)!;
       expect(last.kernel).toBe(splitKvAttention.all);
       expect([headDim4, supports(last.kernel, last.variant, caps)]).toEqual([headDim4, true]);
+      if (headDim4 > 128) continue;
+      const topk = topkSplitKvCandidates("f32", 1, headDim4, true, 4, 2048).at(-1)!;
+      expect(topk.kernel).toBe(choosingSplitKvAttention);
+      expect([headDim4, supports(topk.kernel, topk.variant, caps)]).toEqual([headDim4, true]);
     }
     none.destroy();
   });

@@ -7,11 +7,24 @@ import {
   type ShaderFile,
   sizeOf,
 } from "../../runtime/kernel.ts";
-import { type HeadRange, KV_BLOCK, sequenceStruct, tripsHelper, unrollConst } from "../shared/shared.ts";
+import {
+  type HeadRange,
+  KV_BLOCK,
+  sequenceStruct,
+  subgroupRowSum,
+  tripsHelper,
+  unrollConst,
+} from "../shared/shared.ts";
 import summaryText from "./block_summary.wgsl" with { type: "text" };
+import ruleText from "./rule.wgsl" with { type: "text" };
+import scoreText from "./score.wgsl" with { type: "text" };
+import scoreSubgroupText from "./score_subgroup.wgsl" with { type: "text" };
+import scoreWorkgroupText from "./score_workgroup.wgsl" with { type: "text" };
+import scoresText from "./scores.wgsl" with { type: "text" };
+import searchText from "./search.wgsl" with { type: "text" };
+import searchSubgroupText from "./search_subgroup.wgsl" with { type: "text" };
+import searchWorkgroupText from "./search_workgroup.wgsl" with { type: "text" };
 import selectText from "./select.wgsl" with { type: "text" };
-import subgroupText from "./select_subgroup.wgsl" with { type: "text" };
-import workgroupText from "./select_workgroup.wgsl" with { type: "text" };
 import summarizeText from "./summarize.wgsl" with { type: "text" };
 
 /** Blocks that are always kept, the first and the two last, and one that is chosen. */
@@ -43,17 +56,21 @@ export interface SummarizeProblem {
 
 export interface SelectVariant extends SummarizeVariant {
   readonly heads: number;
-  /** Lanes that share a block, a power of two that divides `lanes`, which is one from 16 on. */
-  readonly rowLanes: number;
-  /** Vectors of a row that a lane loads at a time. */
-  readonly vectors: number;
-  /** Blocks that a lane loads them of at a time. */
-  readonly batch: number;
-  /** Blocks that a sequence's table lists at most, up to 65,535. */
+  /** Blocks that a sequence's table lists at most, up to 65,535; lanes are a multiple of 16. */
   readonly capacity: number;
 }
 
-export interface SubgroupSelectVariant extends SelectVariant {
+export interface ScoreVariant extends SummarizeVariant {
+  readonly heads: number;
+  /** Lanes that share a block, a power of two that divides `lanes`. */
+  readonly rowLanes: number;
+  /** Vectors of a row that a lane loads at a time. */
+  readonly vectors: number;
+  /** Blocks that a lane loads them of: a workgroup has `batch · lanes / rowLanes` blocks. */
+  readonly batch: number;
+}
+
+export interface SubgroupScoreVariant extends ScoreVariant {
   /** Lanes of the device's subgroups; divides `lanes`, and `rowLanes` divides it. */
   readonly subgroup: number;
 }
@@ -127,7 +144,42 @@ export const summarizeBlocks: Kernel<SummarizeVariant, SummarizeProblem> = {
   grid: (_, p) => [p.count, p.range.heads, 1],
 };
 
+const rule = file("rule", ruleText);
+
 const BINS = 256;
+
+/** `bytes` as they count in workgroup memory. */
+function aligned(bytes: number): number {
+  return 16 * Math.ceil(bytes / 16);
+}
+
+/** Text that searches keys for the largest, for kernels that say where keys are and where what is found goes. */
+export interface BlockSearch {
+  readonly sources: readonly ShaderFile[];
+  /** Bytes of workgroup memory. */
+  workgroupBytes(v: { readonly lanes: number; readonly subgroup?: number }): number;
+}
+
+const searchBytes = 16 + // extremes
+  4 * BINS + // bins
+  16; // found
+
+/** For any device; `lanes` is a multiple of 16. */
+export const blockSearch: BlockSearch = {
+  sources: [file("search", searchText), file("search_workgroup", searchWorkgroupText), rule],
+  workgroupBytes: ({ lanes }) =>
+    searchBytes +
+    4 * lanes + // lane_words
+    aligned(4 * lanes / 16), // chunk_sums
+};
+
+/** The same for kernels with subgroups, which say how many a workgroup has. */
+export const subgroupBlockSearch: BlockSearch = {
+  sources: [file("search", searchText), file("search_subgroup", searchSubgroupText), rule],
+  workgroupBytes: ({ lanes, subgroup = lanes }) => searchBytes + aligned(4 * lanes / subgroup), // subgroup_sums
+};
+
+const scores = [file("scores", scoresText), summary, sequenceStruct, tripsHelper];
 
 const selecting = {
   bindings: {
@@ -147,7 +199,7 @@ const selecting = {
     least_blocks: "u32",
     one: "u32",
   },
-  workgroupInvocations: (v: SelectVariant) => v.lanes,
+  workgroupInvocations: (v: SummarizeVariant) => v.lanes,
   values: (_: unknown, p: SelectProblem) => ({
     blocks: p.blocks,
     table_blocks: p.tableBlocks,
@@ -156,34 +208,7 @@ const selecting = {
     least_blocks: p.leastBlocks,
     one: 1,
   }),
-  grid: (_: unknown, p: SelectProblem): Grid => [p.range.heads, p.sequences, 1],
 } as const;
-
-function selectConsts(v: SelectVariant) {
-  return {
-    ...summaryConsts(v),
-    HEADS: v.heads,
-    ROW_LANES: v.rowLanes,
-    VECTORS: v.vectors,
-    BATCH: v.batch,
-    CAPACITY: v.capacity,
-  };
-}
-
-/** `bytes` as they count in workgroup memory. */
-function aligned(bytes: number): number {
-  return 16 * Math.ceil(bytes / 16);
-}
-
-function selectWorkgroupBytes(v: SelectVariant): number {
-  const trip4 = v.rowLanes * v.vectors;
-  return 16 * trip4 * Math.ceil(v.headDim4 / trip4) + // query
-    aligned(4 * v.capacity) + // keys
-    16 + // extremes
-    4 * BINS + // bins
-    16 + // found
-    summaryWorkgroupBytes(v);
-}
 
 /**
  * The blocks of keys that each sequence and head attends to in one step of decoding, in the spirit of Quest
@@ -201,34 +226,80 @@ function selectWorkgroupBytes(v: SelectVariant): number {
  */
 export const selectBlocks: Kernel<SelectVariant, SelectProblem> = {
   name: "block_selection/select",
-  sources: [
-    file("select", selectText),
-    file("select_workgroup", workgroupText),
-    summary,
-    sequenceStruct,
-    tripsHelper,
-  ],
+  sources: [file("select", selectText), ...blockSearch.sources, ...scores],
   ...selecting,
-  header: (v) => ({ aliases: { elem: v.elem }, consts: selectConsts(v) }),
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    consts: {
+      ...summaryConsts(v),
+      HEADS: v.heads,
+      ROW_LANES: 1,
+      VECTORS: 1,
+      BATCH: 1,
+      CAPACITY: v.capacity,
+    },
+  }),
   workgroupBytes: (v) =>
-    selectWorkgroupBytes(v) +
-    4 * v.lanes + // lane_words
-    aligned(4 * v.lanes / 16), // chunk_sums
+    aligned(4 * v.capacity) + // keys
+    blockSearch.workgroupBytes(v) +
+    summaryWorkgroupBytes(v),
+  grid: (_, p) => [p.range.heads, p.sequences, 1],
+};
+
+/** Blocks that a workgroup scores. */
+function blocksOfPart({ lanes, rowLanes, batch }: ScoreVariant): number {
+  return batch * lanes / rowLanes;
+}
+
+const scoring = {
+  ...selecting,
+  // Whatever the lengths are, which the host need not know: a sequence's last three blocks and its first have
+  // no score, and parts that it does not have end at once.
+  grid: (v: ScoreVariant, p: SelectProblem): Grid => [
+    Math.max(1, Math.ceil((p.tableBlocks - LEAST_KEPT + 1) / blocksOfPart(v))),
+    p.range.heads,
+    p.sequences,
+  ],
+} as const;
+
+function scoreConsts(v: ScoreVariant) {
+  return {
+    ...summaryConsts(v),
+    HEADS: v.heads,
+    ROW_LANES: v.rowLanes,
+    VECTORS: v.vectors,
+    BATCH: v.batch,
+  };
+}
+
+/**
+ * The first half of `selectBlocks`, for an attention that does the other half: of every block that is chosen
+ * by its score, that score as a u32 of the same order, where `selected` has the entry for a list's block of
+ * that number. Scores and summaries are as there; sequences that keep all of their blocks get none.
+ */
+export const scoreBlocks: Kernel<ScoreVariant, SelectProblem> = {
+  name: "block_selection/score",
+  sources: [file("score", scoreText), file("score_workgroup", scoreWorkgroupText), rule, ...scores],
+  ...scoring,
+  header: (v) => ({ aliases: { elem: v.elem }, consts: scoreConsts(v) }),
+  workgroupBytes: (v) =>
+    4 * v.lanes + // lane_terms
+    summaryWorkgroupBytes(v),
 };
 
 /** The same with subgroups. */
-export const subgroupSelectBlocks: Kernel<SubgroupSelectVariant, SelectProblem> = {
-  name: "block_selection/subgroup_select",
+export const subgroupScoreBlocks: Kernel<SubgroupScoreVariant, SelectProblem> = {
+  name: "block_selection/subgroup_score",
   sources: [
-    file("select", selectText),
-    file("select_subgroup", subgroupText),
-    summary,
-    sequenceStruct,
-    tripsHelper,
+    file("score", scoreText),
+    file("score_subgroup", scoreSubgroupText),
+    subgroupRowSum,
+    rule,
+    ...scores,
   ],
-  ...selecting,
-  header: (v) => ({ aliases: { elem: v.elem }, subgroup: v.subgroup, consts: selectConsts(v) }),
-  workgroupBytes: (v) => selectWorkgroupBytes(v) + aligned(4 * v.lanes / v.subgroup), // subgroup_sums
+  ...scoring,
+  header: (v) => ({ aliases: { elem: v.elem }, subgroup: v.subgroup, consts: scoreConsts(v) }),
+  workgroupBytes: summaryWorkgroupBytes,
 };
 
 /** `unroll` is false on software adapters only, where the cost of a barrier grows with the lanes. */
@@ -244,29 +315,25 @@ const MAX_VECTORS = 4;
 const MAX_ROW_LANES = 32;
 
 /**
- * The variant for so many lanes. On GPUs as few lanes share a block as can load a row at a time, because sums
- * between lanes take longest; on software a lane has a block to itself.
+ * The variant for so many lanes, with up to `batch` blocks for each: as few lanes share a block as can load a
+ * row at a time, because sums between lanes take longest.
  */
-export function selectVariant(
+export function scoreVariant(
   elem: Elem,
   heads: number,
   headDim4: number,
-  { capacity, lanes, unroll }: {
-    readonly capacity: number;
-    readonly lanes: number;
-    readonly unroll: boolean;
-  },
-): SelectVariant {
-  const common = { elem, heads, headDim4, capacity, lanes, unroll };
-  if (!unroll) return { ...common, rowLanes: 1, vectors: 1, batch: 1 };
+  { lanes, batch, unroll }: { readonly lanes: number; readonly batch: number; readonly unroll: boolean },
+): ScoreVariant {
   const rowLanes = Math.min(MAX_ROW_LANES, 2 ** Math.ceil(Math.log2(Math.max(1, headDim4 / MAX_VECTORS))));
   const vectors = Math.min(MAX_VECTORS, Math.ceil(headDim4 / rowLanes));
-  const batch = Math.min(4, Math.floor(UNDER_WAY[elem] / vectors));
-  return { ...common, rowLanes, vectors, batch };
+  const underWay = Math.floor(UNDER_WAY[elem] / vectors);
+  return { elem, heads, headDim4, lanes, rowLanes, vectors, batch: Math.min(batch, underWay), unroll };
 }
 
 /**
- * Candidates in order of preference; `unroll` is false on software adapters only.
+ * Candidates in order of preference; `unroll` is false on software adapters only. There blocks are chosen and
+ * listed by one kernel, on GPUs only scored: attention chooses among them itself (`topkSplitKvCandidates` of
+ * `flash_decode`).
  * @param capacity blocks that a sequence's table lists at most
  */
 export function selectCandidates(
@@ -276,12 +343,9 @@ export function selectCandidates(
   capacity: number,
   unroll: boolean,
 ): Op<SelectProblem>[] {
-  const variant = (lanes: number) => selectVariant(elem, heads, headDim4, { capacity, lanes, unroll });
-  if (!unroll) return [op(selectBlocks, variant(64))];
-  return [
-    ...[512, 256].map((lanes) => op(subgroupSelectBlocks, { ...variant(lanes), subgroup: 32 })),
-    ...[512, 256, 128].map((lanes) => op(selectBlocks, variant(lanes))),
-  ];
+  if (!unroll) return [op(selectBlocks, { elem, heads, headDim4, capacity, lanes: 64, unroll })];
+  const variant = scoreVariant(elem, heads, headDim4, { lanes: 256, batch: 1, unroll });
+  return [op(subgroupScoreBlocks, { ...variant, subgroup: 32 }), op(scoreBlocks, variant)];
 }
 
 /** Bytes of the summary of one block of one head. */

@@ -4,7 +4,7 @@ struct Kept {
     sees_new: bool,     // whether the new token's own is among them
 }
 
-fn kept_blocks(sequence: u32, head: u32, length: u32) -> Kept {
+fn kept_blocks(sequence: u32, head: u32, length: u32, lane: u32) -> Kept {
     return Kept(length / KV_BLOCK + 1u, true);
 }
 

@@ -1,4 +1,13 @@
-import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import {
+  distinct,
+  type Elem,
+  type Grid,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+} from "../../runtime/kernel.ts";
+import { type BlockSearch, blockSearch, subgroupBlockSearch } from "../block_selection/block_selection.ts";
 import {
   blockListsHelper,
   type HeadRange,
@@ -6,15 +15,20 @@ import {
   MAX_SPLITS,
   sequenceStruct,
   splitsHelper,
+  subgroupRowSum,
   tripsHelper,
   unrollConst,
 } from "../shared/shared.ts";
 import allBlocksText from "./all_blocks.wgsl" with { type: "text" };
 import bindingsText from "./bindings.wgsl" with { type: "text" };
+import choosingBlocksText from "./choosing_blocks.wgsl" with { type: "text" };
+import laneKeysText from "./lane_keys.wgsl" with { type: "text" };
 import listedBlocksText from "./listed_blocks.wgsl" with { type: "text" };
 import selectedBlocksText from "./selected_blocks.wgsl" with { type: "text" };
 import splitText from "./split_kv.wgsl" with { type: "text" };
+import storedKeysText from "./stored_keys.wgsl" with { type: "text" };
 import subgroupText from "./subgroup_split_kv.wgsl" with { type: "text" };
+import tablePlacesText from "./table_places.wgsl" with { type: "text" };
 
 interface CommonVariant {
   readonly elem: Elem;
@@ -41,6 +55,18 @@ export interface SubgroupSplitKvVariant extends CommonVariant {
   readonly keys: number;
 }
 
+/** What attention that chooses its blocks itself varies in besides. */
+interface Choosing {
+  /** Blocks that a sequence's table lists at most, up to 65,535. */
+  readonly capacity: number;
+  /** See `shared/trips.wgsl`. */
+  readonly unroll: boolean;
+}
+
+export interface ChoosingSplitKvVariant extends SplitKvVariant, Choosing {}
+
+export interface ChoosingSubgroupSplitKvVariant extends SubgroupSplitKvVariant, Choosing {}
+
 export interface SplitKvProblem {
   readonly sequences: number;
   /** Blocks that each head has room for, those of all sequences together. */
@@ -53,12 +79,20 @@ export interface SplitKvProblem {
   readonly range: HeadRange;
 }
 
+export interface TopkSplitKvProblem extends SplitKvProblem {
+  /** As `SelectProblem` of `block_selection` has them. */
+  readonly keep: number;
+  readonly leastBlocks: number;
+}
+
 /** Which blocks of keys a new token attends to: all, those of a block mask, or those chosen for it in this step. */
 export type DecodeBlocks = "all" | "listed" | "selected";
 
 const file = (name: string, text: string): ShaderFile => ({ file: `flash_decode/${name}.wgsl`, text });
 
 const bindings = file("bindings", bindingsText);
+
+const tablePlaces = file("table_places", tablePlacesText);
 
 /** What the kernels differ in by the blocks that they walk over. */
 const BLOCKS = {
@@ -78,43 +112,79 @@ const BLOCKS = {
   { prefix: string; sources: readonly ShaderFile[]; bindings: Kernel<never, never>["bindings"] }
 >;
 
+/** What all kernels have, whatever their text and their blocks. */
+const splitting = {
+  bindings: {
+    qkv: "read",
+    k: "read_write",
+    v: "read_write",
+    block_table: "read",
+    sequences: "read",
+    partial_out: "read_write",
+    partial_ml: "read_write",
+  },
+  paramsIn: "uniform",
+  params: { blocks: "u32", table_blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
+  values: (_: unknown, p: SplitKvProblem) => ({
+    blocks: p.blocks,
+    table_blocks: p.tableBlocks,
+    first_head: p.range.first,
+    scale_log2: p.scale * Math.LOG2E,
+    one: 1,
+  }),
+  // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
+  // once.
+  grid: (v: CommonVariant, p: SplitKvProblem): Grid => [v.maxSplits, p.range.heads, p.sequences],
+  workgroupInvocations: (v: CommonVariant) => v.lanes,
+} as const;
+
+/** One text with what it declares, whatever its blocks. */
+interface SplitKvText<V> extends Pick<Kernel<V, SplitKvProblem>, "header" | "workgroupBytes"> {
+  readonly name: string;
+  readonly sources: readonly ShaderFile[];
+}
+
+const helpers = [sequenceStruct, splitsHelper];
+
 /** The kernels of one text, by the blocks that they walk over. */
 type ByBlocks<V> = Readonly<Record<DecodeBlocks, Kernel<V, SplitKvProblem>>>;
 
-function splitKvKernels<V extends CommonVariant>(
-  name: string,
-  body: readonly ShaderFile[],
-  own: Pick<Kernel<V, SplitKvProblem>, "header" | "workgroupBytes">,
-): ByBlocks<V> {
+function splitKvKernels<V extends CommonVariant>(text: SplitKvText<V>): ByBlocks<V> {
+  const { name, sources, header, workgroupBytes } = text;
   const kernel = (blocks: DecodeBlocks): Kernel<V, SplitKvProblem> => ({
     name: `flash_decode/${BLOCKS[blocks].prefix}${name}`,
-    sources: [bindings, ...BLOCKS[blocks].sources, ...body, sequenceStruct, splitsHelper],
-    bindings: {
-      qkv: "read",
-      k: "read_write",
-      v: "read_write",
-      block_table: "read",
-      sequences: "read",
-      partial_out: "read_write",
-      partial_ml: "read_write",
-      ...BLOCKS[blocks].bindings,
-    },
-    paramsIn: "uniform",
-    params: { blocks: "u32", table_blocks: "u32", first_head: "u32", scale_log2: "f32", one: "u32" },
-    values: (_, p) => ({
-      blocks: p.blocks,
-      table_blocks: p.tableBlocks,
-      first_head: p.range.first,
-      scale_log2: p.scale * Math.LOG2E,
-      one: 1,
-    }),
-    // Whatever the lengths are, which the host need not know: the slices that a sequence does not have end at
-    // once.
-    grid: (v, p) => [v.maxSplits, p.range.heads, p.sequences],
-    workgroupInvocations: (v) => v.lanes,
-    ...own,
+    sources: [bindings, ...BLOCKS[blocks].sources, tablePlaces, ...sources, ...helpers],
+    ...splitting,
+    bindings: { ...splitting.bindings, ...BLOCKS[blocks].bindings },
+    header,
+    workgroupBytes,
   });
   return { all: kernel("all"), listed: kernel("listed"), selected: kernel("selected") };
+}
+
+/** The kernel of one text that chooses its blocks itself, with keys that `keys` says where to find. */
+function choosingKernel<C extends V & Choosing, V extends CommonVariant & { readonly subgroup?: number }>(
+  text: SplitKvText<V>,
+  keys: readonly ShaderFile[],
+  search: BlockSearch,
+): Kernel<C, TopkSplitKvProblem> {
+  const choosing = [file("choosing_blocks", choosingBlocksText), ...keys, ...search.sources];
+  return {
+    name: `flash_decode/choosing_${text.name}`,
+    sources: [bindings, ...choosing, ...text.sources, ...helpers],
+    ...splitting,
+    bindings: { ...splitting.bindings, selected: "read" },
+    params: { ...splitting.params, keep: "u32", least_blocks: "u32" },
+    values: (v, p) => ({ ...splitting.values(v, p), keep: p.keep, least_blocks: p.leastBlocks }),
+    header(v) {
+      const header = text.header(v);
+      return { ...header, consts: { ...header.consts, ...unrollConst(v.unroll), CAPACITY: v.capacity } };
+    },
+    workgroupBytes: (v) =>
+      text.workgroupBytes(v) +
+      search.workgroupBytes(v) +
+      aligned(4 * Math.ceil(v.capacity / v.maxSplits)), // slice_places
+  };
 }
 
 function commonConsts(v: CommonVariant) {
@@ -140,55 +210,71 @@ function aligned(bytes: number): number {
   return 16 * Math.ceil(bytes / 16);
 }
 
+const splitKvText: SplitKvText<SplitKvVariant> = {
+  name: "split_kv",
+  sources: [file("split_kv", splitText), tripsHelper],
+  header(v) {
+    const { groups, keys } = groupsOf(v);
+    return {
+      aliases: { elem: v.elem },
+      consts: {
+        ...commonConsts(v),
+        GROUPS: groups,
+        KEYS: keys,
+        ...unrollConst(v.unroll),
+      },
+    };
+  },
+  workgroupBytes(v) {
+    const { groups, keys } = groupsOf(v);
+    return aligned(4 * groups * keys * (v.rowLanes + 1)) + // products
+      aligned(4 * groups * keys) + // scores
+      16 * groups * v.headDim4 + // outs
+      aligned(8 * groups); // maxima_sums
+  },
+};
+
+const subgroupSplitKvText: SplitKvText<SubgroupSplitKvVariant> = {
+  name: "subgroup_split_kv",
+  sources: [file("subgroup_split_kv", subgroupText), subgroupRowSum],
+  header: (v) => ({
+    aliases: { elem: v.elem },
+    subgroup: v.subgroup,
+    consts: { ...commonConsts(v), KEYS: v.keys },
+  }),
+  workgroupBytes(v) {
+    const subgroups = v.lanes / v.subgroup;
+    return 16 * subgroups * v.headDim4 + // outs
+      aligned(8 * subgroups); // maxima_sums
+  },
+};
+
 /**
  * One step of decoding, of several sequences at once: appends each one's new key and value to the cache, and
  * leaves the attention of its query over slices of the keys in `partial_out` and `partial_ml`, unnormalised.
  * Of the `maxSplits` slices that there is room for, those that a sequence does not have get the sum 0 in `partial_ml`,
  * and nothing in `partial_out`.
  */
-export const splitKvAttention = splitKvKernels<SplitKvVariant>(
-  "split_kv",
-  [file("split_kv", splitText), tripsHelper],
-  {
-    header(v) {
-      const { groups, keys } = groupsOf(v);
-      return {
-        aliases: { elem: v.elem },
-        consts: {
-          ...commonConsts(v),
-          GROUPS: groups,
-          KEYS: keys,
-          ...unrollConst(v.unroll),
-        },
-      };
-    },
-    workgroupBytes(v) {
-      const { groups, keys } = groupsOf(v);
-      return aligned(4 * groups * keys * (v.rowLanes + 1)) + // products
-        aligned(4 * groups * keys) + // scores
-        16 * groups * v.headDim4 + // outs
-        aligned(8 * groups); // maxima_sums
-    },
-  },
-);
+export const splitKvAttention = splitKvKernels(splitKvText);
 
 /** The same with subgroups, on GPUs and on software Vulkan. */
-export const subgroupSplitKvAttention = splitKvKernels<SubgroupSplitKvVariant>(
-  "subgroup_split_kv",
-  [file("subgroup_split_kv", subgroupText)],
-  {
-    header: (v) => ({
-      aliases: { elem: v.elem },
-      subgroup: v.subgroup,
-      consts: { ...commonConsts(v), KEYS: v.keys },
-    }),
-    workgroupBytes(v) {
-      const subgroups = v.lanes / v.subgroup;
-      return 16 * subgroups * v.headDim4 + // outs
-        aligned(8 * subgroups); // maxima_sums
-    },
-  },
+export const subgroupSplitKvAttention = splitKvKernels(subgroupSplitKvText);
+
+/**
+ * The same where blocks are chosen from what `scoreBlocks` of `block_selection` has left in `selected`: the
+ * bits that the attention to the blocks of `selectBlocks` has.
+ */
+export const choosingSplitKvAttention = choosingKernel<ChoosingSplitKvVariant, SplitKvVariant>(
+  splitKvText,
+  [file("stored_keys", storedKeysText)],
+  blockSearch,
 );
+
+/** The same with subgroups. */
+export const choosingSubgroupSplitKvAttention = choosingKernel<
+  ChoosingSubgroupSplitKvVariant,
+  SubgroupSplitKvVariant
+>(subgroupSplitKvText, [file("lane_keys", laneKeysText), tripsHelper], subgroupBlockSearch);
 
 /** Vectors of keys, and as many of values, that a lane may hold in registers. */
 const MAX_VECTORS = 8;
@@ -237,11 +323,16 @@ export function splitKvVariants(
   return lanes === undefined ? [] : [{ elem, heads, headDim4, rowLanes, lanes, maxSplits, unroll }];
 }
 
+/** Sizes of the kernel with subgroups of 32 lanes. */
+const GPU_SIZES = [512, 256, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }));
+
 /**
- * Candidates in order of preference; `unroll` is false on software adapters only. There a subgroup is the
- * whole workgroup and loads the fewest vectors at a time: all that is in registers is saved around every
- * load.
+ * There a subgroup is the whole workgroup and loads the fewest vectors at a time: all that is in registers is
+ * saved around every load.
  */
+const SOFTWARE_SIZES = [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
+
+/** Candidates in order of preference; `unroll` is false on software adapters only. */
 export function splitKvCandidates(
   elem: Elem,
   heads: number,
@@ -250,13 +341,34 @@ export function splitKvCandidates(
   maxSplits = MAX_SPLITS,
   blocks: DecodeBlocks = "all",
 ): Op<SplitKvProblem>[] {
-  const sizes = unroll
-    ? [512, 256, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }))
-    : [8, 4].map((subgroup) => ({ subgroup, maxLanes: subgroup, maxKeys: 1 }));
+  const sizes = unroll ? GPU_SIZES : SOFTWARE_SIZES;
   return distinct([
     ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
       .map((v) => op(subgroupSplitKvAttention[blocks], v)),
     ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits)
       .map((v) => op(splitKvAttention[blocks], v)),
+  ]);
+}
+
+/**
+ * The same for blocks that are chosen in every step, for what `selectCandidates` of `block_selection` leaves:
+ * on GPUs attention chooses them itself, on software, where the search must not be repeated, it walks a list.
+ * @param capacity blocks that a sequence's table lists at most
+ */
+export function topkSplitKvCandidates(
+  elem: Elem,
+  heads: number,
+  headDim4: number,
+  unroll: boolean,
+  maxSplits: number,
+  capacity: number,
+): Op<TopkSplitKvProblem>[] {
+  if (!unroll) return splitKvCandidates(elem, heads, headDim4, unroll, maxSplits, "selected");
+  const choosing = { capacity, unroll };
+  return distinct([
+    ...GPU_SIZES.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
+      .map((v) => op(choosingSubgroupSplitKvAttention, { ...v, ...choosing })),
+    ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits)
+      .map((v) => op(choosingSplitKvAttention, { ...v, ...choosing })),
   ]);
 }

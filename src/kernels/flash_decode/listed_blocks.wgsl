@@ -7,7 +7,7 @@ struct Kept {
     list: u32,          // where they are listed
 }
 
-fn kept_blocks(sequence: u32, head: u32, length: u32) -> Kept {
+fn kept_blocks(sequence: u32, head: u32, length: u32, lane: u32) -> Kept {
     let list = row_list(head, length / KV_BLOCK);
     return Kept(list.end - list.first, list.partial < list.end, list.first);
 }

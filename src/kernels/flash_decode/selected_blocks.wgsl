@@ -7,7 +7,7 @@ struct Kept {
     list: u32,          // where they are listed
 }
 
-fn kept_blocks(sequence: u32, head: u32, length: u32) -> Kept {
+fn kept_blocks(sequence: u32, head: u32, length: u32, lane: u32) -> Kept {
     let at = (sequence * HEADS + head) * (1u + params.table_blocks);
     return Kept(selected[at], true, at + 1u);
 }

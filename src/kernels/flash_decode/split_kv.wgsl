@@ -34,7 +34,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
     let sequence = workgroup.z;
     let head = params.first_head + workgroup.y;
     let length = sequences[sequence].length;
-    let kept = kept_blocks(sequence, head, length);
+    let kept = kept_blocks(sequence, head, length, lane);
     let slice = slice_of(kept, workgroup.x);
     let partial = (sequence * MAX_SPLITS + workgroup.x) * HEADS + head;
     if (slice.first == slice.end && !slice.is_last) {
@@ -76,13 +76,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3u, @builtin(local_invocation_index
         workgroupBarrier();
     }
 
+    find_blocks(kept, slice, length / KV_BLOCK, lane);
     for (var n = slice.first; n < slice.end; n++) {
-        let block = kept_block(kept, n) * KV_BLOCK;
-        let end = min(block + KV_BLOCK, length);
-        for (var first = block; first < end; first += STEP) {
+        let block_row = (workgroup.y * params.blocks + kept_place(kept, n, sequence)) * KV_BLOCK;
+        let held = kept_keys(kept, n, length);
+        for (var first = 0u; first < held; first += STEP) {
             // Keys past the last repeat it: what the cache holds there may be anything, NaN included.
-            let row = kv_row_of(sequence, workgroup.y, first) * HEAD_DIM4 + column;
-            let last = end - 1u - first;
+            let row = (block_row + first) * HEAD_DIM4 + column;
+            let last = held - 1u - first;
             for (var i = 0u; i < trips(KEYS); i++) {
                 let key = i * GROUPS + group;
                 var product = vec4f(0.0);

@@ -13,13 +13,6 @@ alias Rows = array<vec4<elem>, KEYS * VECTORS>;
 var<workgroup> outs: array<vec4f, SUBGROUPS * HEAD_DIM4>;   // [SUBGROUPS, HEAD_DIM4]
 var<workgroup> maxima_sums: array<vec2f, SUBGROUPS>;
 
-// The sum over the lanes of a row, the same bits in all of them.
-fn row_sum(x: f32) -> f32 {
-    var sum = x;
-    for (var other = 1u; other < ROW_LANES; other <<= 1u) { sum += subgroupShuffleXor(sum, other); }
-    return sum;
-}
-
 @compute @workgroup_size(LANES)
 fn main(
     @builtin(workgroup_id) workgroup: vec3u,
@@ -42,7 +35,7 @@ fn main(
         new_value[j] = qkv[new_row + 2u * HEADS * HEAD_DIM4 + j * ROW_LANES];
     }
     let length = sequences[sequence].length;
-    let kept = kept_blocks(sequence, head, length);
+    let kept = kept_blocks(sequence, head, length, subgroup * SUBGROUP + lane);
     let slice = slice_of(kept, workgroup.x);
     let partial = (sequence * MAX_SPLITS + workgroup.x) * HEADS + head;
     if (slice.first == slice.end && !slice.is_last) {
@@ -58,7 +51,7 @@ fn main(
         // for it.
         var product = 0.0;
         for (var j = 0u; j < VECTORS; j++) { product += dot(q[j], vec4f(new_key[j])); }
-        let score = row_sum(product);
+        let score = subgroup_row_sum(product);
         if (group == 0u) {
             m = score;
             l = 1.0;
@@ -66,21 +59,22 @@ fn main(
         }
     }
 
+    find_blocks(kept, slice, length / KV_BLOCK, subgroup * SUBGROUP + lane);
     for (var n = slice.first; n < slice.end; n++) {
-        let block = kept_block(kept, n) * KV_BLOCK;
-        let end = min(block + KV_BLOCK, length);
-        let row = kv_row_of(sequence, workgroup.y, block) * HEAD_DIM4 + column;
-        for (var first = block; first < end; first += STEP) {
+        let block_row = (workgroup.y * params.blocks + kept_place(kept, n, sequence)) * KV_BLOCK;
+        let row = block_row * HEAD_DIM4 + column;
+        let held = kept_keys(kept, n, length);
+        for (var first = 0u; first < held; first += STEP) {
             // Enough bytes are on their way only if all loads stand before anything that waits for one. Keys
             // past the last repeat it: what the cache holds there may be anything, NaN included.
             var keys = Rows();
             var values = Rows();
             for (var i = 0u; i < KEYS; i++) {
-                let at = row + (min(first + i * GROUPS + group, end - 1u) - block) * HEAD_DIM4;
+                let at = row + min(first + i * GROUPS + group, held - 1u) * HEAD_DIM4;
                 for (var j = 0u; j < VECTORS; j++) { keys[i * VECTORS + j] = k[at + j * ROW_LANES]; }
             }
             for (var i = 0u; i < KEYS; i++) {
-                let at = row + (min(first + i * GROUPS + group, end - 1u) - block) * HEAD_DIM4;
+                let at = row + min(first + i * GROUPS + group, held - 1u) * HEAD_DIM4;
                 for (var j = 0u; j < VECTORS; j++) { values[i * VECTORS + j] = v[at + j * ROW_LANES]; }
             }
 
@@ -89,7 +83,7 @@ fn main(
             for (var i = 0u; i < KEYS; i++) {
                 var product = 0.0;
                 for (var j = 0u; j < VECTORS; j++) { product += dot(q[j], vec4f(keys[i * VECTORS + j])); }
-                scores[i] = select(MASKED, row_sum(product), first + i * GROUPS + group < end);
+                scores[i] = select(MASKED, subgroup_row_sum(product), first + i * GROUPS + group < held);
                 top = max(top, scores[i]);
             }
             // A group that has seen no key yet adds up nonsense below MASKED, which the merge weighs with 0.

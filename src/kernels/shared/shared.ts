@@ -6,6 +6,7 @@ import foldedGridText from "./folded_grid.wgsl" with { type: "text" };
 import kvBlocksText from "./kv_blocks.wgsl" with { type: "text" };
 import sequencesText from "./sequences.wgsl" with { type: "text" };
 import splitsText from "./splits.wgsl" with { type: "text" };
+import subgroupRowSumText from "./subgroup_row_sum.wgsl" with { type: "text" };
 import subgroupRowsText from "./subgroup_rows.wgsl" with { type: "text" };
 import tripsText from "./trips.wgsl" with { type: "text" };
 import workgroupSumText from "./workgroup_sum.wgsl" with { type: "text" };
@@ -23,6 +24,11 @@ export const kvBlocks: ShaderFile = { file: "shared/kv_blocks.wgsl", text: kvBlo
 export const sequenceStruct: ShaderFile = { file: "shared/sequences.wgsl", text: sequencesText };
 
 export const splitsHelper: ShaderFile = { file: "shared/splits.wgsl", text: splitsText };
+
+export const subgroupRowSum: ShaderFile = {
+  file: "shared/subgroup_row_sum.wgsl",
+  text: subgroupRowSumText,
+};
 
 export const subgroupRows: ShaderFile = { file: "shared/subgroup_rows.wgsl", text: subgroupRowsText };
 

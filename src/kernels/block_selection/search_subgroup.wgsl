@@ -1,14 +1,8 @@
-// What the lanes of a workgroup say to each other, within subgroups by subgroup operations.
-const SUBGROUPS = LANES / SUBGROUP;
+// What lanes that search say to each other, within subgroups by subgroup operations. SUBGROUPS is said by the
+// file joined to this one.
+const MAX_GROUP = SUBGROUP;
 
 var<workgroup> subgroup_sums: array<u32, SUBGROUPS>;
-
-// The sum over the lanes of a group, the same bits in all of them.
-fn row_sum(x: f32, lane: u32) -> f32 {
-    var sum = x;
-    for (var other = 1u; other < ROW_LANES; other <<= 1u) { sum += subgroupShuffleXor(sum, other); }
-    return sum;
-}
 
 // The sum over the lanes before this one. There must be a barrier before the next.
 fn exclusive_sum(x: u32, lane: u32) -> u32 {
@@ -20,6 +14,15 @@ fn exclusive_sum(x: u32, lane: u32) -> u32 {
     return sum;
 }
 
+// The largest of this many neighbouring lanes, a power of two up to SUBGROUP.
+fn group_max(x: u32, lanes: u32) -> u32 {
+    var largest = x;
+    for (var other = 1u; other < lanes; other <<= 1u) {
+        largest = max(largest, subgroupShuffleXor(largest, other));
+    }
+    return largest;
+}
+
 // Zeros say nothing.
 fn note_extremes(of_lane: vec2u, lane: u32) {
     let of_subgroup = subgroupMax(of_lane);
@@ -27,13 +30,4 @@ fn note_extremes(of_lane: vec2u, lane: u32) {
         atomicMax(&extremes[0], of_subgroup.x);
         atomicMax(&extremes[1], of_subgroup.y);
     }
-}
-
-@compute @workgroup_size(LANES)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3u,
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
-) {
-    select_blocks(workgroup, subgroup * SUBGROUP + lane);
 }
