@@ -541,7 +541,7 @@ const CAPACITY = 2048;
 
 const ALWAYS_SPARSE = 0;
 
-/** One vector, those that lanes share evenly and unevenly, and several trips; a shape takes seconds to compile. */
+/** One vector, those that lanes share evenly and unevenly, and several trips: each takes seconds to compile. */
 const SCORED_SHAPES = HEAD_SHAPES.filter(({ headDim }) => [3, 64, 80, 520].includes(headDim));
 
 describe("block_selection/select", () => {

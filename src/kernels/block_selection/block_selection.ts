@@ -153,7 +153,7 @@ function aligned(bytes: number): number {
   return 16 * Math.ceil(bytes / 16);
 }
 
-/** Text that searches keys for the largest, for kernels that say where keys are and where what is found goes. */
+/** Text that searches keys for the largest, for kernels that say where these are and where the list goes. */
 export interface BlockSearch {
   readonly sources: readonly ShaderFile[];
   /** Bytes of workgroup memory. */
@@ -176,7 +176,9 @@ export const blockSearch: BlockSearch = {
 /** The same for kernels with subgroups, which say how many a workgroup has. */
 export const subgroupBlockSearch: BlockSearch = {
   sources: [file("search", searchText), file("search_subgroup", searchSubgroupText), rule],
-  workgroupBytes: ({ lanes, subgroup = lanes }) => searchBytes + aligned(4 * lanes / subgroup), // subgroup_sums
+  workgroupBytes: ({ lanes, subgroup = lanes }) =>
+    searchBytes +
+    aligned(4 * lanes / subgroup), // subgroup_sums
 };
 
 const scores = [file("scores", scoresText), summary, sequenceStruct, tripsHelper];

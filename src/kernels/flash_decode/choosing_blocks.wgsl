@@ -4,7 +4,7 @@
 // with a workgroup for each head, whose list all slices would wait for.
 //
 // Said by the file joined to this one: `load_keys`, `lane_place` and what block_selection/search wants.
-@group(0) @binding(7) var<storage, read> selected: array<u32>;             // [sequences, HEADS, 1 + table_blocks]
+@group(0) @binding(7) var<storage, read> selected: array<u32>;           // [sequences, HEADS, 1 + table_blocks]
 
 const SLICE_BLOCKS = (CAPACITY + MAX_SPLITS - 1u) / MAX_SPLITS;
 
@@ -40,8 +40,12 @@ fn list_block(slice: List, n: u32, block: u32, i: u32) {
 }
 
 fn find_blocks(kept: Kept, slice: Slice, row: u32, lane: u32) {
-    var bracket = Bracket();
-    if (!kept.is_all) { bracket = search(row, params.keep - ALWAYS_KEPT, lane); }
-    list_blocks(slice, row, bracket, lane);
+    // Two calls, and not a bracket that one branch changes: NVIDIA's compiler made every block kept of that where a single
+    // lane had all scores (driver 580, 128 lanes; docs/decisions/0008).
+    if (kept.is_all) {
+        list_blocks(slice, row, Bracket(), lane);
+    } else {
+        list_blocks(slice, row, search(row, params.keep - ALWAYS_KEPT, lane), lane);
+    }
     workgroupBarrier();
 }
