@@ -521,24 +521,28 @@ interface Pair {
   readonly listing: Decode;
 }
 
-/** Slices of 1,100 blocks that are all kept have as many as they have room for, where there are 32. */
-const CAPACITY = 1120;
-const CHOOSING_SHAPE = { heads: 2, headDim: 8 };
+/** Slices of 1,024 blocks that are all kept have as many as they have room for, where there are 32. */
+const CAPACITY = 1024;
+/** GPUs run the kernel with subgroups for heads that fill 512 lanes only. */
+const CHOOSING_SHAPE = { heads: 2, headDim: gpu.caps.isSoftware ? 8 : 32 };
 
 function choosingPairs(elem: Elem, maxSplits: number): Pair[] {
   const { isSoftware, subgroupMaxSize } = gpu.caps;
-  const { heads } = CHOOSING_SHAPE;
+  const { heads, headDim } = CHOOSING_SHAPE;
+  const headDim4 = headDim / 4;
   const own = { capacity: CAPACITY, unroll: !isSoftware };
   // On software several subgroups, and few blocks a lane: loops over those are unrolled there too.
   const sizes = isSoftware && subgroupMaxSize > 0
     ? [{ subgroup: subgroupMaxSize, maxLanes: 16 * subgroupMaxSize, maxKeys: 8 }]
-    : [512, 128].map((maxLanes) => ({ subgroup: 32, maxLanes, maxKeys: 8 }));
+    : [{ subgroup: 32, maxLanes: 512, maxKeys: 8 }];
   const pairs = [
-    ...splitKvVariants(elem, heads, 2, own.unroll, maxSplits).map((v): Pair => ({
+    ...splitKvVariants(elem, heads, headDim4, own.unroll, maxSplits).map((v): Pair => ({
       choosing: op(choosingSplitKvAttention, { ...v, ...own }),
       listing: op(splitKvAttention.selected, v),
     })),
-    ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, 2, size, maxSplits)).map((v): Pair => ({
+    ...sizes.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits)).map((
+      v,
+    ): Pair => ({
       choosing: op(choosingSubgroupSplitKvAttention, { ...v, ...own }),
       listing: op(subgroupSplitKvAttention.selected, v),
     })),
@@ -737,17 +741,17 @@ describe("flash_decode that chooses its blocks", () => {
         }
       });
 
-      test(`${title}: 1,100 blocks, with a few keys far from the others and with rising ones`, async () => {
+      test(`${title}: 1,024 blocks, with a few keys far from the others and with rising ones`, async () => {
         const outliers = (x: number) =>
           x < 0.01 ? 2 ** 32 - 1 : x < 0.02 ? 1 : 2 ** 31 + Math.floor(1000 * x);
-        const cached = cachedOf([1100], [outliers, (_, block) => 2 ** 31 + block]);
-        for (const keep of [64, 1000, 1100]) {
+        const cached = cachedOf([1024], [outliers, (_, block) => 2 ** 31 + block]);
+        for (const keep of [64, 1000, 1024]) {
           await checkChoosing(pair, cached, { keep, leastBlocks: ALWAYS_SPARSE });
         }
         // Few blocks are far above their neighbours: groups that are too large miss the smallest one kept.
         const rare = (period: number) => (x: number, block: number) =>
           block % period === 1 ? 2 ** 32 - 1 - block : 2 ** 30 + Math.floor(2 ** 20 * x);
-        const sparse = cachedOf([1100], [rare(18), rare(36)]);
+        const sparse = cachedOf([1024], [rare(18), rare(36)]);
         for (const keep of [20, 32, 64, 125]) {
           await checkChoosing(pair, sparse, { keep, leastBlocks: ALWAYS_SPARSE });
         }
@@ -763,10 +767,11 @@ describe("flash_decode that chooses its blocks", () => {
       });
 
       test(`${title}: with the kernel that scores, the bits of selecting first`, async () => {
-        const { heads } = CHOOSING_SHAPE;
+        const { heads, headDim } = CHOOSING_SHAPE;
+        const headDim4 = headDim / 4;
         const unroll = false;
-        const scoring = scoreVariant(elem, heads, 2, { lanes: 64, batch: 2, unroll });
-        const selecting = { elem, heads, headDim4: 2, lanes: 64, capacity: CAPACITY, unroll };
+        const scoring = scoreVariant(elem, heads, headDim4, { lanes: 64, batch: 2, unroll });
+        const selecting = { elem, heads, headDim4, lanes: 64, capacity: CAPACITY, unroll };
         const lengths = [200 * KV_BLOCK, 64 * KV_BLOCK - 1, 0, 70 * KV_BLOCK + 1, 5 * KV_BLOCK];
         const nothing = (tableBlocks: number) => new Uint32Array(lengths.length * heads * (1 + tableBlocks));
         for (const splitHeads of [false, true]) {

@@ -40,12 +40,8 @@ fn list_block(slice: List, n: u32, block: u32, i: u32) {
 }
 
 fn find_blocks(kept: Kept, slice: Slice, row: u32, lane: u32) {
-    // Two calls, and not a bracket that one branch changes: NVIDIA's compiler made every block kept of that where a single
-    // lane had all scores (driver 580, 128 lanes; docs/decisions/0008).
-    if (kept.is_all) {
-        list_blocks(slice, row, Bracket(), lane);
-    } else {
-        list_blocks(slice, row, search(row, params.keep - ALWAYS_KEPT, lane), lane);
-    }
+    var bracket = Bracket();
+    if (!kept.is_all) { bracket = search(row, params.keep - ALWAYS_KEPT, lane); }
+    list_blocks(slice, row, bracket, lane);
     workgroupBarrier();
 }

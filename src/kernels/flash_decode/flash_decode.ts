@@ -351,6 +351,12 @@ export function splitKvCandidates(
 }
 
 /**
+ * Blocks that a lane of the kernel with subgroups may have to choose among. With nine it chose wrong ones on an H100, now and
+ * then: docs/decisions/0008.
+ */
+const MOST_LANE_BLOCKS = 2;
+
+/**
  * The same for blocks that are chosen in every step, for what `selectCandidates` of `block_selection` leaves:
  * on GPUs attention chooses them itself, on software, where the search must not be repeated, it walks a list.
  * @param capacity blocks that a sequence's table lists at most
@@ -367,6 +373,7 @@ export function topkSplitKvCandidates(
   const choosing = { capacity, unroll };
   return distinct([
     ...GPU_SIZES.flatMap((size) => subgroupSplitKvVariants(elem, heads, headDim4, size, maxSplits))
+      .filter(({ lanes }) => capacity <= MOST_LANE_BLOCKS * lanes)
       .map((v) => op(choosingSubgroupSplitKvAttention, { ...v, ...choosing })),
     ...splitKvVariants(elem, heads, headDim4, unroll, maxSplits)
       .map((v) => op(choosingSplitKvAttention, { ...v, ...choosing })),
