@@ -165,7 +165,11 @@ function byDensity(rows: readonly Row[], color: JsonObject): JsonObject {
 const { files: [file], out } = readCommand("quality.svg");
 if (file === undefined) throw new Error("name the file that bench/sparsity.ts wrote");
 const result: Result = JSON.parse(readFileSync(file, "utf8"));
-const rows = result.rows.filter(({ pattern }) => pattern !== "dense");
+/** A mask file by its name. */
+const shortName = (pattern: string) => pattern.replace(/^file:(?:.*\/)?(.*?)(?:\.json)?$/, "$1");
+const rows = result.rows
+  .filter(({ pattern }) => pattern !== "dense")
+  .map((row) => ({ ...row, pattern: shortName(row.pattern) }));
 const patterns = rows.map(({ pattern }) => pattern);
 const color = {
   field: "pattern",
