@@ -111,7 +111,9 @@ describe("flash_attention", () => {
       const headDim4 = Math.ceil(headDim / 4);
       const candidates = (unroll: boolean) => attentionCandidates(elem, heads, headDim4, unroll);
       const sparse = (unroll: boolean) => attentionCandidates(elem, heads, headDim4, unroll, "lists");
-      const chosen = [candidates, sparse].flatMap((some) => attentionOps(gpu, some, headDim4));
+      // The size of heads has nothing to do with which blocks are walked: two of them are enough for lists.
+      const walks = [6, 64].includes(headDim) ? [candidates, sparse] : [candidates];
+      const chosen = walks.flatMap((some) => attentionOps(gpu, some, headDim4));
       for (const attention of chosen) {
         test(`${titleOf(attention)} matches the f64 reference`, async () => {
           const c = { attention, elem };

@@ -1,5 +1,5 @@
 import { type Kernel, type Op, op } from "../../runtime/kernel.ts";
-import { foldedGrid, foldGrid, GRID_FOLD, workgroupSum } from "../shared/shared.ts";
+import { foldedGrid, foldGrid, GRID_FOLD, mergeLanes, workgroupSum } from "../shared/shared.ts";
 import text from "./divergence.wgsl" with { type: "text" };
 
 export interface DivergenceVariant {
@@ -30,7 +30,7 @@ export interface DivergenceProblem {
  */
 export const divergence: Kernel<DivergenceVariant, DivergenceProblem> = {
   name: "divergence",
-  sources: [{ file: "divergence/divergence.wgsl", text }, foldedGrid, workgroupSum],
+  sources: [{ file: "divergence/divergence.wgsl", text }, mergeLanes, foldedGrid, workgroupSum],
   bindings: { logits: "read", other: "read", targets: "read", results: "read_write" },
   params: { rows: "u32", vocab: "u32", first_row: "u32" },
   header: (v) => ({ aliases: {}, consts: { LANES: v.lanes, GRID_FOLD } }),

@@ -14,19 +14,13 @@ struct Divergence { nll: f32, other_nll: f32, kl: f32, agrees: u32 }
 @group(0) @binding(2) var<storage, read> targets: array<u32>;               // [..], from first_row
 @group(0) @binding(3) var<storage, read_write> results: array<Divergence>;  // [..], from first_row
 
-// Not above any finite logit, so the difference to a maximum is never positive: one of -inf becomes
-// exp(-inf) = 0.
-const LOWEST = -0x1.fffffep127f;
-// Bits of an infinity without its sign, which is shifted out: those of a NaN are larger.
-const INFINITY_BITS = 0xff000000u;
 const MERGERS = 8u;
 const NO_TOKEN = 0xffffffffu;
 
 // What a lane knows of each row: P's lanes come first, then Q's.
 var<workgroup> lane_max: array<f32, 2u * LANES>;
-var<workgroup> lane_sum: array<f32, 2u * LANES>;      // Σ exp(logit - lane_max)
-// A NaN is told by its bits: on some devices (SwiftShader) max and exp make a number of it.
-var<workgroup> lane_bits: array<u32, 2u * LANES>;     // the largest, without the sign
+var<workgroup> lane_sum: array<f32, 2u * LANES>;
+var<workgroup> lane_bits: array<u32, 2u * LANES>;
 var<workgroup> lane_first: array<u32, 2u * LANES>;    // where the row's maximum is first
 
 fn four_logits(i: u32) -> vec4f {
@@ -35,10 +29,6 @@ fn four_logits(i: u32) -> vec4f {
 
 fn four_others(i: u32) -> vec4f {
     return vec4f(other[i], other[i + LANES], other[i + 2u * LANES], other[i + 3u * LANES]);
-}
-
-fn unsigned_bits(x: vec4f) -> vec4u {
-    return bitcast<vec4u>(x) << vec4u(1u);
 }
 
 struct Running { m: f32, sum: f32, bits: vec4u }
@@ -61,21 +51,6 @@ fn keep(at: u32, r: Running) {
     lane_max[at] = r.m;
     lane_sum[at] = r.sum;
     lane_bits[at] = max(max(r.bits.x, r.bits.y), max(r.bits.z, r.bits.w));
-}
-
-// Replaces what `first` knows by what first, first + stride, ... before `end` know together.
-fn merge_lanes(first: u32, stride: u32, end: u32) {
-    var m = LOWEST;
-    var bits = 0u;
-    for (var i = first; i < end; i += stride) {
-        m = max(m, lane_max[i]);
-        bits = max(bits, lane_bits[i]);
-    }
-    var sum = 0.0;
-    for (var i = first; i < end; i += stride) { sum += lane_sum[i] * exp(lane_max[i] - m); }
-    lane_max[first] = m;
-    lane_sum[first] = sum;
-    lane_bits[first] = bits;
 }
 
 fn merge_firsts(first: u32, stride: u32, end: u32) {

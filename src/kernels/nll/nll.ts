@@ -1,5 +1,5 @@
 import { type Kernel, type Op, op } from "../../runtime/kernel.ts";
-import { foldedGrid, foldGrid, GRID_FOLD } from "../shared/shared.ts";
+import { foldedGrid, foldGrid, GRID_FOLD, mergeLanes } from "../shared/shared.ts";
 import text from "./nll.wgsl" with { type: "text" };
 
 export interface NllVariant {
@@ -24,7 +24,7 @@ export interface NllProblem {
  */
 export const nll: Kernel<NllVariant, NllProblem> = {
   name: "nll",
-  sources: [{ file: "nll/nll.wgsl", text }, foldedGrid],
+  sources: [{ file: "nll/nll.wgsl", text }, mergeLanes, foldedGrid],
   bindings: { logits: "read", targets: "read", nll: "read_write" },
   params: { rows: "u32", vocab: "u32", first_row: "u32" },
   header: (v) => ({ aliases: {}, consts: { LANES: v.lanes, GRID_FOLD } }),

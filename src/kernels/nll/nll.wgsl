@@ -5,38 +5,14 @@
 @group(0) @binding(1) var<storage, read> targets: array<u32>;                // [..], from first_row
 @group(0) @binding(2) var<storage, read_write> nll: array<f32>;              // [..], from first_row
 
-// Not above any finite logit, so the difference to a maximum is never positive: one of -inf becomes exp(-inf) = 0.
-const LOWEST = -0x1.fffffep127f;
-// Bits of an infinity without its sign, which is shifted out: those of a NaN are larger.
-const INFINITY_BITS = 0xff000000u;
 const MERGERS = 8u;
 
 var<workgroup> lane_max: array<f32, LANES>;
-var<workgroup> lane_sum: array<f32, LANES>;     // Σ exp(logit - lane_max)
-// A NaN is told by its bits: on some devices (SwiftShader) max and exp make a number of it.
-var<workgroup> lane_bits: array<u32, LANES>;    // the largest, without the sign
+var<workgroup> lane_sum: array<f32, LANES>;
+var<workgroup> lane_bits: array<u32, LANES>;
 
 fn four_logits(i: u32) -> vec4f {
     return vec4f(logits[i], logits[i + LANES], logits[i + 2u * LANES], logits[i + 3u * LANES]);
-}
-
-fn unsigned_bits(x: vec4f) -> vec4u {
-    return bitcast<vec4u>(x) << vec4u(1u);
-}
-
-// Replaces what lane `first` knows by what the lanes first, first + stride, ... before `end` know together.
-fn merge_lanes(first: u32, stride: u32, end: u32) {
-    var m = LOWEST;
-    var bits = 0u;
-    for (var i = first; i < end; i += stride) {
-        m = max(m, lane_max[i]);
-        bits = max(bits, lane_bits[i]);
-    }
-    var sum = 0.0;
-    for (var i = first; i < end; i += stride) { sum += lane_sum[i] * exp(lane_max[i] - m); }
-    lane_max[first] = m;
-    lane_sum[first] = sum;
-    lane_bits[first] = bits;
 }
 
 @compute @workgroup_size(LANES)

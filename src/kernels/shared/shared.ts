@@ -4,6 +4,7 @@ import blockListsText from "./block_lists.wgsl" with { type: "text" };
 import existingText from "./existing.wgsl" with { type: "text" };
 import foldedGridText from "./folded_grid.wgsl" with { type: "text" };
 import kvBlocksText from "./kv_blocks.wgsl" with { type: "text" };
+import mergeLanesText from "./merge_lanes.wgsl" with { type: "text" };
 import sequencesText from "./sequences.wgsl" with { type: "text" };
 import splitsText from "./splits.wgsl" with { type: "text" };
 import subgroupRowSumText from "./subgroup_row_sum.wgsl" with { type: "text" };
@@ -19,6 +20,9 @@ export const workgroupSum: ShaderFile = { file: "shared/workgroup_sum.wgsl", tex
 export const blockListsHelper: ShaderFile = { file: "shared/block_lists.wgsl", text: blockListsText };
 
 export const kvBlocks: ShaderFile = { file: "shared/kv_blocks.wgsl", text: kvBlocksText };
+
+/** What kernels over rows of logits merge their lanes' sums of exponentials with. */
+export const mergeLanes: ShaderFile = { file: "shared/merge_lanes.wgsl", text: mergeLanesText };
 
 /** `struct Sequence`, of which every decoded sequence has one; `packSequence` writes it. */
 export const sequenceStruct: ShaderFile = { file: "shared/sequences.wgsl", text: sequencesText };
