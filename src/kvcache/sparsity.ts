@@ -91,7 +91,7 @@ export function sparsityDensity(sparsity: Sparsity, model: ModelHeads, rows: num
   );
 }
 
-/** Sequences of fewer blocks, 4,096 tokens, keep all of them with `topk`: to choose takes longer there than to read. */
+/** Sequences of fewer blocks, 4,096 tokens, keep all of them with `topk`: choosing takes longer there than reading. */
 export const TOPK_LEAST_BLOCKS = 64;
 
 /** Blocks that each token keeps. */
