@@ -271,12 +271,11 @@ async function measureModel(
       try {
         for (const phase of ["prefill", "decode"] as const) {
           if (!phases.includes(phase) || (phase === "prefill" && sequences !== batches[0])) continue;
-          const { pattern } = sparsity;
-          const attention = pattern.kind === "dense" ? "flash" : patternName(pattern);
-          const isBatch = phase === "decode" && sequences > 1;
-          const variant = isBatch
-            ? `batch ${sequences}${pattern.kind === "dense" ? "" : ` ${attention}`}`
-            : attention;
+          const names = [
+            ...(phase === "decode" && sequences > 1 ? [`batch ${sequences}`] : []),
+            ...(sparsity.pattern.kind === "dense" ? [] : [patternName(sparsity.pattern)]),
+          ];
+          const variant = names.join(" ") || "flash";
           await measure(phase, variant, context, async () => await benchmark[phase](await loaded(), context));
         }
       } finally {

@@ -537,7 +537,7 @@ export class ModelKernels {
     const { blocks, tableBlocks, table, lists, selected } = kv;
     for (const { range, k, v } of kv.parts) {
       const problem = { ...p, blocks, tableBlocks, range };
-      const buffers = {
+      const bound = {
         qkv,
         k,
         v,
@@ -546,11 +546,11 @@ export class ModelKernels {
         partial_out: partialOut,
         partial_ml: partialMl,
       };
-      if (lists) this.#run(r, "sparseDecodeAttention", problem, { ...buffers, block_lists: lists });
+      if (lists) this.#run(r, "sparseDecodeAttention", problem, { ...bound, block_lists: lists });
       else if (selected) {
         if (!selection) throw new Error("Nobody says how many blocks to select");
-        this.#run(r, "topkDecodeAttention", { ...problem, ...selection }, { ...buffers, selected });
-      } else this.#run(r, "decodeAttention", problem, buffers);
+        this.#run(r, "topkDecodeAttention", { ...problem, ...selection }, { ...bound, selected });
+      } else this.#run(r, "decodeAttention", problem, bound);
     }
   }
 

@@ -7,8 +7,10 @@
  * Sizes are given in tokens and rounded up to whole blocks. Of a window of w blocks the query's own is one: a
  * query sees from 64 (w - 1) + 1 to 64 w of its latest keys.
  */
+import { LEAST_KEPT } from "../kernels/block_selection/block_selection.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { InputError, type LongformError, UsageError } from "../runtime/errors.ts";
+import { fmix32 } from "../runtime/fmix32.ts";
 
 /** The patterns as they are written, for hints and help. */
 export const PATTERN_GRAMMAR =
@@ -56,7 +58,7 @@ export type StaticPattern = Exclude<Pattern, { readonly kind: "topk" | "file" }>
 const MAX_ROWS = 2 ** 20;
 const MAX_TOKENS = MAX_ROWS * KV_BLOCK;
 /** The first block, the two latest and one that is chosen. */
-const LEAST_TOPK = 4 * KV_BLOCK;
+const LEAST_TOPK = LEAST_KEPT * KV_BLOCK;
 
 /**
  * Reads a pattern as the command line has it. Names are in lower case; sizes may end in k or K, which means
@@ -296,15 +298,6 @@ function butterflyRuns(size: number, row: number): Run[] {
   // Of the numbers that differ from it in one bit, those that lack one of its bits are smaller than it.
   for (let bit = 1; bit <= own; bit *= 2) if (own & bit) columns.unshift(own - bit);
   return columns.map((column) => run(column * size, Math.min((column + 1) * size, row + 1)));
-}
-
-/** The finaliser of MurmurHash3: a bijection of 32-bit integers that mixes every bit into every other. */
-function fmix32(x: number): number {
-  x ^= x >>> 16;
-  x = Math.imul(x, 0x85ebca6b);
-  x ^= x >>> 13;
-  x = Math.imul(x, 0xc2b2ae35);
-  return (x ^ (x >>> 16)) >>> 0;
 }
 
 /**

@@ -79,16 +79,20 @@ export function layerLists(sparsity: Sparsity, layer: number, heads: number, row
   return new Array<BlockLists>(heads).fill(blockLists(pattern, rows));
 }
 
+/** Those of all layers and heads, each made once. */
+export function modelLists(sparsity: Sparsity, model: ModelHeads, rows: number): BlockLists[] {
+  return listGroups(sparsity, model, rows).flatMap(({ layers }) => {
+    const lists = layerLists(sparsity, layers[0]!, model.heads, rows);
+    return layers.flatMap(() => lists);
+  });
+}
+
 /** Kept blocks as a share of the causal ones, over all layers and heads of a context; of `topk` for its last token. */
 export function sparsityDensity(sparsity: Sparsity, model: ModelHeads, rows: number): number {
   const { pattern } = sparsity;
   if (pattern.kind === "dense") return 1;
   if (pattern.kind === "topk") return rows < TOPK_LEAST_BLOCKS ? 1 : Math.min(1, keptByTopk(pattern) / rows);
-  return density(
-    listGroups(sparsity, model, rows).flatMap(({ layers }) =>
-      layers.flatMap((layer) => layerLists(sparsity, layer, model.heads, rows))
-    ),
-  );
+  return density(modelLists(sparsity, model, rows));
 }
 
 /** Sequences of fewer blocks, 4,096 tokens, keep all of them with `topk`: choosing takes longer there than reading. */

@@ -30,10 +30,11 @@ import { packLists } from "../kvcache/block_lists.ts";
 import { KvCache } from "../kvcache/cache.ts";
 import { kvLayout } from "../kvcache/layout.ts";
 import { type BlockLists, density } from "../kvcache/patterns.ts";
-import { hasLists, layerLists, sparsityDensity } from "../kvcache/sparsity.ts";
+import { hasLists, modelLists, sparsityDensity } from "../kvcache/sparsity.ts";
 import { allocate, download, formatBytes, type GpuBuffer, upload } from "../runtime/buffers.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, LongformError } from "../runtime/errors.ts";
+import { fmix32 } from "../runtime/fmix32.ts";
 import { type Elem, type Op, sizeOf, supports } from "../runtime/kernel.ts";
 import { Recorder } from "../runtime/pass.ts";
 import { Profiler } from "../runtime/profiler.ts";
@@ -41,7 +42,7 @@ import type { GPT2Config } from "./config.ts";
 import { f16ToF32, f32ToF16 } from "./float16.ts";
 import type { Gpt2 } from "./gpt2.ts";
 import { kernelShape, kvShape, paddedSizes } from "./memory_plan.ts";
-import { fmix32, syntheticPrompt } from "./synthetic.ts";
+import { syntheticPrompt } from "./synthetic.ts";
 
 export interface BenchmarkOptions {
   readonly elem: Elem;
@@ -380,8 +381,7 @@ export class Benchmark {
       return { ms, tokens, flop: shared + nLayer * this.#attentionFlop(tokens), peakBytes };
     }
     const rows = Math.ceil(tokens / KV_BLOCK);
-    const lists = Array.from({ length: nLayer }, (_, layer) => layerLists(sparsity, layer, nHead, rows))
-      .flat();
+    const lists = modelLists(sparsity, { layers: nLayer, heads: nHead }, rows);
     const flop = shared + lists.reduce((sum, one) => sum + this.#sparseFlop(one) / nHead, 0);
     return { ms, tokens, flop, peakBytes, density: density(lists) };
   }
@@ -639,8 +639,9 @@ function paddedRows(rows: number): number {
 /** The share of a context's blocks that its last token attends to in decoding, over all layers and heads. */
 function decodeDensity({ sparsity, config: { nLayer, nHead } }: Gpt2, tokens: number): number {
   const rows = Math.ceil(tokens / KV_BLOCK);
-  if (!hasLists(sparsity)) return sparsityDensity(sparsity, { layers: nLayer, heads: nHead }, rows);
-  const lists = Array.from({ length: nLayer }, (_, layer) => layerLists(sparsity, layer, nHead, rows)).flat();
+  const model = { layers: nLayer, heads: nHead };
+  if (!hasLists(sparsity)) return sparsityDensity(sparsity, model, rows);
+  const lists = modelLists(sparsity, model, rows);
   const ofLast = (indptr: Uint32Array) => indptr[rows]! - indptr[rows - 1]!;
   const kept = lists.reduce(
     (sum, { full, partial }) => sum + ofLast(full.indptr) + ofLast(partial.indptr),

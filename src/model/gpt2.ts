@@ -344,13 +344,11 @@ export class Gpt2 {
     let submitted: Promise<void> | undefined;
     for (;;) {
       options.signal?.throwIfAborted();
-      await this.#kernels.prepare(prefillRoles([chunk.length], kind));
+      const kinds = isCompared ? [kind, "dense" as const] : [kind];
+      await this.#kernels.prepare(kinds.flatMap((one) => prefillRoles([chunk.length], one)));
       this.#upload(chunk, sequence);
       const r = this.#recorder("prefill", options.tap);
-      if (isCompared) {
-        await this.#kernels.prepare(prefillRoles([chunk.length], "dense"));
-        this.#recordDense(r, chunk.length);
-      }
+      if (isCompared) this.#recordDense(r, chunk.length);
       this.#recordLayers(r, chunk.length, sequence);
       r.submit();
       await this.#profiler?.collect();
@@ -392,7 +390,7 @@ export class Gpt2 {
     upload(buffers.sequences, packSequence({ length, step: 0, seed: 0 }));
     const step = await this.decodeStepList();
     const r = this.#recorder("decode");
-    this.summarizeBlocks(r, 0);
+    this.#summarizeBlocks(r, 0);
     r.replay(step);
     this.#copyLogits(r);
     r.submit();
@@ -420,20 +418,8 @@ export class Gpt2 {
       profiler: this.#profiler,
       logits: this.#activations.logits,
       step: await this.decodeStepList(),
-      summarize: (r, sequence) => this.summarizeBlocks(r, sequence),
+      summarize: (r, sequence) => this.#summarizeBlocks(r, sequence),
     }, options);
-  }
-
-  /**
-   * Where blocks are chosen by their summaries, makes those of all that a sequence has completed: decoding keeps them up
-   * from there.
-   */
-  summarizeBlocks(r: Dispatcher, sequence: number): void {
-    const count = Math.floor(this.#cache.lengthOf(sequence) / KV_BLOCK);
-    if (attentionKind(this.sparsity) !== "topk" || count === 0) return;
-    for (let i = 0; i < this.#cache.layers; i++) {
-      this.#kernels.summarizeBlocks(r, this.#cache.layerOfAll(i), { sequence, count });
-    }
   }
 
   destroy(): void {
@@ -450,6 +436,18 @@ export class Gpt2 {
   #requireDecoding(): DecodingParts {
     if (!this.#decoding) throw new Error("Decoding needs a model that was loaded with `decoding`");
     return this.#decoding;
+  }
+
+  /**
+   * Where blocks are chosen by their summaries, makes those of all that a sequence has completed: decoding keeps them up
+   * from there.
+   */
+  #summarizeBlocks(r: Dispatcher, sequence: number): void {
+    const count = Math.floor(this.#cache.lengthOf(sequence) / KV_BLOCK);
+    if (attentionKind(this.sparsity) !== "topk" || count === 0) return;
+    for (let i = 0; i < this.#cache.layers; i++) {
+      this.#kernels.summarizeBlocks(r, this.#cache.layerOfAll(i), { sequence, count });
+    }
   }
 
   /** Checks tokens and puts them, with their positions, where the embedding reads them. */

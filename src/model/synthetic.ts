@@ -3,19 +3,11 @@
  * without shipping their weights. Every value is a small odd multiple of a power of two (LayerNorm gains: near 1) and
  * so exact in f16. All hash arithmetic is unsigned 32-bit.
  */
+import { fmix32 } from "../runtime/fmix32.ts";
 import { expectedShapes } from "./checkpoint.ts";
 import type { GPT2Config } from "./config.ts";
 import { f32ToF16 } from "./float16.ts";
 import { elementCount, tensorForRead, type TensorInfo, type WeightSource } from "./weight_source.ts";
-
-/** The finaliser of MurmurHash3: a bijection of 32-bit integers that mixes every bit into every other. */
-export function fmix32(x: number): number {
-  x ^= x >>> 16;
-  x = Math.imul(x, 0x85ebca6b);
-  x ^= x >>> 13;
-  x = Math.imul(x, 0xc2b2ae35);
-  return (x ^ (x >>> 16)) >>> 0;
-}
 
 /** The f16 bits of a kind of tensor, indexed by the top bits of the hash: `table[hash >>> shift]`. */
 interface ValueTable {

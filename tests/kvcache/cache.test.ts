@@ -11,7 +11,7 @@ import {
   partSpecs,
   tableSpecs,
 } from "../../src/kvcache/layout.ts";
-import { fmix32 } from "../../src/model/synthetic.ts";
+import { fmix32 } from "../../src/runtime/fmix32.ts";
 import { bufferBytes, download, type GpuBuffer } from "../../src/runtime/buffers.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import { temporaryFolder, writeTinyCheckpoint } from "../support/checkpoint.ts";

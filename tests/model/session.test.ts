@@ -30,7 +30,7 @@ import {
   type SessionShape,
   sessionTensors,
 } from "../../src/model/session.ts";
-import { fmix32 } from "../../src/model/synthetic.ts";
+import { fmix32 } from "../../src/runtime/fmix32.ts";
 import { ModelError, OutputError } from "../../src/runtime/errors.ts";
 import {
   type FileTensor,

@@ -2,7 +2,8 @@ import { describe, expect, test } from "bun:test";
 import { resolveCheckpoint } from "../../src/model/checkpoint.ts";
 import { PUBLISHED_SHAPES } from "../../src/model/config.ts";
 import { convertElements } from "../../src/model/float16.ts";
-import { fmix32, syntheticPrompt, syntheticSource } from "../../src/model/synthetic.ts";
+import { syntheticPrompt, syntheticSource } from "../../src/model/synthetic.ts";
+import { fmix32 } from "../../src/runtime/fmix32.ts";
 import vectors from "../golden/synthetic_vectors.json";
 
 type Source = ReturnType<typeof syntheticSource>;

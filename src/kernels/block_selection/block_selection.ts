@@ -8,6 +8,7 @@ import {
   sizeOf,
 } from "../../runtime/kernel.ts";
 import {
+  aligned,
   type HeadRange,
   KV_BLOCK,
   sequenceStruct,
@@ -147,11 +148,6 @@ export const summarizeBlocks: Kernel<SummarizeVariant, SummarizeProblem> = {
 const rule = file("rule", ruleText);
 
 const BINS = 256;
-
-/** `bytes` as they count in workgroup memory. */
-function aligned(bytes: number): number {
-  return 16 * Math.ceil(bytes / 16);
-}
 
 /** Text that searches keys for the largest, for kernels that say where these are and where the list goes. */
 export interface BlockSearch {

@@ -18,6 +18,7 @@ import {
 } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import listBindingsText from "./list_bindings.wgsl" with { type: "text" };
+import normalizedText from "./normalized.wgsl" with { type: "text" };
 import registerTiledShader from "./register_tiled.wgsl" with { type: "text" };
 import subgroupMatrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
 import subgroupMatrixShader from "./subgroup_matrix.wgsl" with { type: "text" };
@@ -111,6 +112,7 @@ function attentionKernel<V>(
       ...(isSparse
         ? [file("list_bindings", listBindingsText), file("walk_lists", walkListsText), blockListsHelper]
         : [file("walk_all", walkAllText)]),
+      file("normalized", normalizedText),
       kvBlocks,
     ],
     bindings: {

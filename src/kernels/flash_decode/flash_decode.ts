@@ -9,6 +9,7 @@ import {
 } from "../../runtime/kernel.ts";
 import { type BlockSearch, blockSearch, subgroupBlockSearch } from "../block_selection/block_selection.ts";
 import {
+  aligned,
   blockListsHelper,
   type HeadRange,
   KV_BLOCK,
@@ -203,11 +204,6 @@ function commonConsts(v: CommonVariant) {
 function groupsOf({ lanes, rowLanes }: SplitKvVariant): { readonly groups: number; readonly keys: number } {
   const groups = Math.min(KV_BLOCK, 2 ** Math.floor(Math.log2(lanes / rowLanes)));
   return { groups, keys: Math.min(KV_BLOCK / groups, 8) };
-}
-
-/** `bytes` as they count in workgroup memory. */
-function aligned(bytes: number): number {
-  return 16 * Math.ceil(bytes / 16);
 }
 
 const splitKvText: SplitKvText<SplitKvVariant> = {

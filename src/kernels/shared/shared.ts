@@ -49,6 +49,11 @@ export function unrollConst(unroll: boolean): { readonly UNROLL: number } {
  */
 export const KV_BLOCK = 64;
 
+/** `bytes` as they count in workgroup memory. */
+export function aligned(bytes: number): number {
+  return 16 * Math.ceil(bytes / 16);
+}
+
 /** Bytes of one `Sequence`. */
 export const SEQUENCE_BYTES = 16;
 
