@@ -48,6 +48,7 @@ import {
   logprobsCandidates,
   type LogprobsProblem,
 } from "./sampling/sampling.ts";
+import { segmentSum, type SegmentSumProblem } from "./segment_sum/segment_sum.ts";
 import { type HeadRange, mostSplits } from "./shared/shared.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
@@ -83,6 +84,7 @@ interface RoleProblems {
   readonly kvAppend: KvAppendProblem;
   readonly attention: FlashAttentionProblem;
   readonly sparseAttention: FlashAttentionProblem;
+  readonly packedAttention: FlashAttentionProblem;
   readonly decodeQkv: LayerNormGemvProblem;
   readonly decodeAttention: SplitKvProblem;
   readonly sparseDecodeAttention: SplitKvProblem;
@@ -99,6 +101,7 @@ interface RoleProblems {
   readonly lmHeadMany: LmHeadProblem;
   readonly nll: NllProblem;
   readonly divergence: DivergenceProblem;
+  readonly segmentSum: SegmentSumProblem;
 }
 
 /** Blocks that block selection has room for at least: one kernel serves all contexts up to 64K. */
@@ -134,6 +137,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     kvAppend: [op(kvAppend, { elem, heads, headDim4 })],
     attention: attentionCandidates(elem, heads, headDim4, unroll),
     sparseAttention: attentionCandidates(elem, heads, headDim4, unroll, "lists"),
+    packedAttention: attentionCandidates(elem, heads, headDim4, unroll, "segments"),
     decodeQkv: fromStream("bias"),
     decodeAttention: splitKv("all"),
     sparseDecodeAttention: splitKv("listed"),
@@ -161,6 +165,7 @@ export function candidates(shape: KernelShape): { readonly [R in Role]: readonly
     lmHeadMany: manyRowsCandidates(elem, unroll),
     nll: nllCandidates(unroll),
     divergence: divergenceCandidates(unroll),
+    segmentSum: [op(segmentSum, {})],
   };
 }
 
@@ -279,6 +284,8 @@ export interface KvView {
   readonly blocks: number;
   /** Block lists of its heads (`kvcache/block_lists.ts`); undefined where every block is attended to. */
   readonly lists: GpuBuffer | undefined;
+  /** What each query of a pack attends to, `[qLen]` of four u32 (`flash_attention/walk_segments.wgsl`). */
+  readonly segments?: GpuBuffer | undefined;
 }
 
 /** The same with the tables of several sequences, `[sequences, tableBlocks]`. */
@@ -356,15 +363,25 @@ export function matmulRole(epilogue: Epilogue, rows: number) {
 /** Which blocks attention walks over in prefill and in decoding. */
 export type AttentionKind = "dense" | "lists" | "topk";
 
-/** Roles of running chunks of a prompt through the layers. */
-export function prefillRoles(chunks: Iterable<number>, kind: AttentionKind): Role[] {
-  const attention = kind === "lists" ? "sparseAttention" : "attention";
+const PREFILL_ATTENTION = {
+  dense: "attention",
+  lists: "sparseAttention",
+  topk: "attention",
+  packed: "packedAttention",
+} as const satisfies Record<AttentionKind | "packed", Role>;
+
+/** Roles of running chunks of a prompt, or packs of documents, through the layers. */
+export function prefillRoles(chunks: Iterable<number>, kind: AttentionKind | "packed"): Role[] {
+  const attention = PREFILL_ATTENTION[kind];
   const roles = new Set<Role>(["tokenRows", "positionRows", "layerNorm", "kvAppend", attention]);
   for (const rows of chunks) {
     for (const epilogue of Object.keys(EPILOGUES) as Epilogue[]) roles.add(matmulRole(epilogue, rows));
   }
   return [...roles];
 }
+
+/** Roles of what follows a pack of documents: its rows of interest, and a head over them. */
+export const PACK_HEAD_ROLES = ["segmentSum", "finalNorm", "lmHeadMany"] as const satisfies readonly Role[];
 
 /** Roles of the output head over this many rows. */
 export function headRoles(rows: number): Role[] {
@@ -448,7 +465,10 @@ export class ModelKernels {
     }
   }
 
-  /** Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own, as far as its lists go. */
+  /**
+   * Causal attention of `qLen` queries over the cache, whose last `qLen` keys are their own, as far as its lists or the
+   * segments of a pack go.
+   */
   attention(
     r: Dispatcher,
     qkv: GpuBuffer,
@@ -456,11 +476,12 @@ export class ModelKernels {
     out: GpuBuffer,
     p: { qLen: number; firstPosition: number; scale: number },
   ): void {
-    const { blocks, table, lists } = kv;
+    const { blocks, table, lists, segments } = kv;
     for (const { range, k, v } of kv.parts) {
       const buffers = { qkv, k, v, block_table: table, out };
       const problem = { ...p, blocks, range };
       if (lists) this.#run(r, "sparseAttention", problem, { ...buffers, block_lists: lists });
+      else if (segments) this.#run(r, "packedAttention", problem, { ...buffers, segments });
       else this.#run(r, "attention", problem, buffers);
     }
   }
@@ -601,6 +622,34 @@ export class ModelKernels {
         logits,
       });
     }
+  }
+
+  /** `logits[rows, classes] = x[rows, width] · headᵀ`, each row by itself: how many there are changes no bit of it. */
+  scoreHead(
+    r: Dispatcher,
+    x: GpuBuffer,
+    head: readonly RowPiece[],
+    logits: GpuBuffer,
+    p: { rows: number; classes: number },
+  ): void {
+    const inner = 4 * Math.ceil(this.#shape.width / 4);
+    for (const piece of head) {
+      const problem = { rows: p.rows, vocab: p.classes, inner, piece };
+      this.#run(r, "lmHeadMany", problem, { x, w: piece.buffer, logits });
+    }
+  }
+
+  /** `out[row, width] = scale · Σ x[first … first + rows - 1, width]` for the segments from `firstSegment` on. */
+  segmentSum(
+    r: Dispatcher,
+    x: GpuBuffer,
+    segments: GpuBuffer,
+    out: GpuBuffer,
+    p: { segments: number; firstSegment: number },
+  ): void {
+    if (p.segments === 0) return;
+    const width = 4 * Math.ceil(this.#shape.width / 4);
+    this.#run(r, "segmentSum", { ...p, width }, { x, segments, out });
   }
 
   /** `nll[firstRow + r] = log Σ exp(logits[r]) - logits[r, targets[firstRow + r]]` for `rows` rows of logits. */

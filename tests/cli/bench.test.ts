@@ -202,7 +202,10 @@ describe("bench", () => {
 
   const wrong: readonly (readonly [kernel: string, from: string, to: string, rows: readonly string[]])[] = [
     // Keys of the future, seen, but not by the smallest tile: where there is no other kernel, that is the other one.
-    ["flash_attention/tiled", "j <= position", "j <= position + TILE_KV - 4u", ["flash", "standard"]],
+    ["flash_attention/tiled", "keys <= vec4u(position)", "keys <= vec4u(position + TILE_KV - 4u)", [
+      "flash",
+      "standard",
+    ]],
     ["standard_attention/softmax", "<= vec4u(row)", "<= vec4u(row + 1u)", ["standard"]],
     ["matmul/tiled", "+ shift", "+ f32(TILE_ROWS) * shift", ["c_attn", "c_proj", "c_fc", "mlp_c_proj"]],
   ];

@@ -16,12 +16,20 @@ import {
   type AttentionShape,
   headRanges,
   listsWhere,
+  nextGroup,
+  type Pack,
+  packBranches,
   packCache,
+  packDocuments,
   packQueries,
+  packSegments,
   plainAttention,
   randomInputs,
   scrambledTable,
   seenBy,
+  seenInPack,
+  type Sees,
+  type Segment,
   shapeOf,
 } from "../support/attention.ts";
 import { expectClose, expectSame, expectTenIdenticalRuns, reportErrors } from "../support/compare.ts";
@@ -49,12 +57,23 @@ interface Case {
   readonly elem: Elem;
   /** For kernels that walk lists: those of the heads for so many blocks of queries; every block when left out. */
   readonly lists?: (heads: number, rows: number) => readonly BlockLists[];
+  /** For kernels over packs: those of all queries; one over everything when left out. */
+  readonly segments?: readonly Segment[];
 }
 
 /** The lists of a case over a shape, which sees every block unless the case says otherwise. */
 function listsOf({ lists }: Case, { heads, qLen, firstPosition }: AttentionShape): readonly BlockLists[] {
   const rows = Math.ceil((firstPosition + qLen) / KV_BLOCK);
   return lists ? lists(heads, rows) : listsWhere(heads, rows, () => true);
+}
+
+function segmentsOf({ segments }: Case, { qLen }: AttentionShape): readonly Segment[] {
+  const everything = { sharedFirst: 0, sharedEnd: 0, ownFirst: 0, start: 0 };
+  return segments ?? new Array<Segment>(qLen).fill(everything);
+}
+
+function seesOf(c: Case, shape: AttentionShape): Sees {
+  return c.segments ? seenInPack(c.segments, shape.firstPosition) : seenBy(listsOf(c, shape));
 }
 
 /** Runs with NaN wherever the kernel has no business: keys past the last, rows past `qLen`, the K and V of `qkv`. */
@@ -72,6 +91,7 @@ async function runAttention(
     qkv: tensor(elem, thenNan(packQueries(q, shape), ATTENTION_ROWS * 3 * heads * stride)),
     block_table: tensor("u32", table),
     block_lists: tensor("u32", packLists(listsOf(c, shape))),
+    segments: tensor("u32", packSegments(segmentsOf(c, shape))),
     out: poison(elem, qLen * heads * stride),
   };
   const steps = headRanges(heads, splitHeads).map((range) => {
@@ -84,18 +104,22 @@ async function runAttention(
   return out;
 }
 
-/** @param hard whether scores are so large that their rounding decides the weights */
+/**
+ * @param hard whether scores are so large that their rounding decides the weights
+ * @param poisoned what the kernel is given: the same with NaN where it has no business
+ */
 async function checkAttention(
   c: Case,
   shape: AttentionShape,
   given = randomInputs(shape, c.elem, shape.qLen),
   hard = false,
+  poisoned = given,
 ): Promise<void> {
   const { heads, headDim } = shape;
-  const sees = seenBy(listsOf(c, shape));
+  const sees = seesOf(c, shape);
   const wanted = padRows(attentionReference(given.q, given.k, given.v, shape, sees), headDim);
   const plain = padRows(plainAttention(given, shape, sees), headDim);
-  expectClose(await runAttention(c, given, shape), wanted, plain, {
+  expectClose(await runAttention(c, poisoned, shape), wanted, plain, {
     kernel: c.attention.kernel.name + (hard ? ", large scores" : ""),
     elem: c.elem,
     stored: c.elem,
@@ -104,6 +128,64 @@ async function checkAttention(
   });
 }
 
+/** The queries from `from` up to `to`, at positions that begin at 0, and the keys that they may see. */
+function chunkOf({ q, k, v }: AttentionInputs, shape: AttentionShape, from: number, to: number) {
+  const { heads, headDim } = shape;
+  const rows = (all: ArrayLike<number>, first: number) =>
+    Array.from(all).slice(first * heads * headDim, to * heads * headDim);
+  const given = { q: rows(q, from), k: rows(k, 0), v: rows(v, 0) };
+  return { given, shape: { ...shape, qLen: to - from, firstPosition: from } };
+}
+
+/** Runs a prompt in two chunks. */
+async function runCut(
+  c: Case,
+  given: AttentionInputs,
+  shape: AttentionShape,
+  cut: number,
+): Promise<Float32Array> {
+  const parts = [[0, cut], [cut, shape.qLen]].map(([from, to]) => chunkOf(given, shape, from!, to!));
+  const [a, b] = await Promise.all(parts.map((part) => runAttention(c, part.given, part.shape)));
+  return Float32Array.from([...a!, ...b!]);
+}
+
+function shapeOfPack({ segments, firstPosition }: Pack, heads: number, headDim: number): AttentionShape {
+  return shapeOf(heads, headDim, segments.length, firstPosition);
+}
+
+/** NaN for keys and values at the places that `isUsed` refuses, and for queries there. */
+function poisonUnused(
+  given: AttentionInputs,
+  { heads, headDim, firstPosition }: AttentionShape,
+  isUsed: (place: number) => boolean,
+): AttentionInputs {
+  const width = heads * headDim;
+  const only = (rows: ArrayLike<number>, first: number) =>
+    Array.from(rows, (x, i) => isUsed(first + Math.floor(i / width)) ? x : NaN);
+  return { q: only(given.q, firstPosition), k: only(given.k, 0), v: only(given.v, 0) };
+}
+
+/** Inputs with NaN for every key that no query of the pack sees. */
+function poisonUnseen(given: AttentionInputs, shape: AttentionShape, { segments }: Pack): AttentionInputs {
+  const { firstPosition } = shape;
+  const seen = new Set<number>();
+  segments.forEach(({ sharedFirst, sharedEnd, start }, i) => {
+    for (let key = sharedFirst; key < sharedEnd; key++) seen.add(key);
+    for (let key = start; key <= firstPosition + i; key++) seen.add(key);
+  });
+  return poisonUnused(given, shape, (place) => seen.has(place));
+}
+
+/** Branches of one document of a length that is cut by a block's end, or by a tile's, or by neither. */
+const BRANCHES = [1, 64, 100, 200].map((length) =>
+  packBranches([{ first: 64, end: 64 + length, branches: [1, 5, 2, 4, 3, 70, 2, 5] }])
+);
+/** Branches of two documents in one call, a third document of the cache having none. */
+const TWO_DOCUMENTS = packBranches([
+  { first: 256, end: 353, branches: [3, 1, 2] },
+  { first: 0, end: 65, branches: [2, 5, 4, 100, 1] },
+]);
+
 describe("flash_attention", () => {
   afterAll(reportErrors);
   eachElem(gpu, (elem) => {
@@ -111,15 +193,23 @@ describe("flash_attention", () => {
       const headDim4 = Math.ceil(headDim / 4);
       const candidates = (unroll: boolean) => attentionCandidates(elem, heads, headDim4, unroll);
       const sparse = (unroll: boolean) => attentionCandidates(elem, heads, headDim4, unroll, "lists");
+      const packed = (unroll: boolean) => attentionCandidates(elem, heads, headDim4, unroll, "segments");
       // The size of heads has nothing to do with which blocks are walked: two of them are enough for lists.
       const walks = [6, 64].includes(headDim) ? [candidates, sparse] : [candidates];
       const chosen = walks.flatMap((some) => attentionOps(gpu, some, headDim4));
+      if (headDim === 64) {
+        // Wide heads take long to compile on software Vulkan: it gets the kernel that models run there.
+        const ops = attentionOps(gpu, packed, headDim4);
+        chosen.push(...(gpu.caps.isSoftware ? ops.slice(0, 1) : ops));
+      }
       for (const attention of chosen) {
         test(`${titleOf(attention)} matches the f64 reference`, async () => {
           const c = { attention, elem };
           for (const qLen of [1, 33, 65]) await checkAttention(c, shapeOf(heads, headDim, qLen, 0));
           await checkAttention(c, shapeOf(heads, headDim, 1, 64));
-          await checkAttention(c, shapeOf(heads, headDim, 31, 97));
+          // Packs begin where blocks do.
+          const first = attention.kernel.name.includes("packed") ? 128 : 97;
+          await checkAttention(c, shapeOf(heads, headDim, 31, first));
         });
       }
     }
@@ -206,20 +296,86 @@ describe("flash_attention", () => {
           listsWhere(heads, rows, (head, row, block) => (row + block + head) % 3 !== 0);
         const whole = await runAttention({ ...c, lists }, given, shape);
         for (const cut of [1, 37, 64, 100, 256]) {
-          const parts = [[0, cut], [cut, 300]].map(async ([from, to]) => {
-            const part = shapeOf(3, headDim, to! - from!, from!);
-            const rows = (all: ArrayLike<number>, first: number, end: number) =>
-              Array.from(all).slice(first * 3 * headDim, end * 3 * headDim);
-            const some = {
-              q: rows(given.q, from!, to!),
-              k: rows(given.k, 0, to!),
-              v: rows(given.v, 0, to!),
-            };
-            return await runAttention({ ...c, lists }, some, part);
-          });
-          const [a, b] = await Promise.all(parts);
-          expectSame(Float32Array.from([...a!, ...b!]), whole);
+          expectSame(await runCut({ ...c, lists }, given, shape, cut), whole);
         }
+      });
+    }
+    const sparse = sizedOf("lists");
+    for (const [i, { c, headDim }] of sizedOf("segments").entries()) {
+      const title = titleOf(c.attention);
+      const width = 3 * headDim;
+      test(`${title}: one segment over everything gives the bits of the other walks over everything`, async () => {
+        for (const [qLen, first] of [[1, 0], [65, 0], [257, 0], [1, 64], [130, 128]] as const) {
+          const shape = shapeOf(3, headDim, qLen, first);
+          const given = randomInputs(shape, elem, qLen);
+          const got = await runAttention(c, given, shape);
+          for (const other of [dense[i]!, sparse[i]!]) {
+            expectSame(got, await runAttention(other.c, given, shape));
+          }
+        }
+      });
+      test(`${title} matches the f64 reference for documents of awkward lengths`, async () => {
+        for (const first of [0, 128]) {
+          const pack = packDocuments([1, 63, 64, 65, 97, 2, 130], first);
+          const shape = shapeOfPack(pack, 3, headDim);
+          const given = randomInputs(shape, elem, 2);
+          const poisoned = poisonUnseen(given, shape, pack);
+          await checkAttention({ ...c, segments: pack.segments }, shape, given, false, poisoned);
+        }
+      });
+      test(`${title}: a document has the same bits alone, elsewhere and among documents of NaN`, async () => {
+        const lengths = [65, 1, 130, 64, 97];
+        const pack = packDocuments(lengths);
+        const shape = shapeOfPack(pack, 3, headDim);
+        const given = randomInputs(shape, elem, 1);
+        const all = await runAttention({ ...c, segments: pack.segments }, given, shape);
+        for (const [d, length] of lengths.entries()) {
+          const place = pack.places[d]!;
+          const rows = (from: ArrayLike<number>, first: number) =>
+            Array.from(from).slice(first * width, (first + length) * width);
+          const own = { q: rows(given.q, place), k: rows(given.k, place), v: rows(given.v, place) };
+          const wanted = rows(all, place);
+
+          expectSame(await runAttention(c, own, shapeOf(3, headDim, length, 0)), wanted);
+
+          const inNan = poisonUnused(given, shape, (p) => place <= p && p < nextGroup(place + length));
+          const amongNan = await runAttention({ ...c, segments: pack.segments }, inNan, shape);
+          expectSame(rows(amongNan, place), wanted);
+
+          const moved = packDocuments([70, 200, length, 3]);
+          const movedShape = shapeOfPack(moved, 3, headDim);
+          const others = randomInputs(movedShape, elem, 7);
+          const there = moved.places[2]!;
+          const among = (from: ArrayLike<number>, mine: readonly number[]) =>
+            Array.from(from, (x, at) => mine[at - there * width] ?? x);
+          const elsewhere = await runAttention(
+            { ...c, segments: moved.segments },
+            { q: among(others.q, own.q), k: among(others.k, own.k), v: among(others.v, own.v) },
+            movedShape,
+          );
+          expectSame(rows(elsewhere, there), wanted);
+        }
+      });
+      test(`${title} matches the f64 reference for branches of cached documents`, async () => {
+        for (const pack of [...BRANCHES, TWO_DOCUMENTS]) {
+          const shape = shapeOfPack(pack, 3, headDim);
+          const given = randomInputs(shape, elem, 1);
+          const poisoned = poisonUnseen(given, shape, pack);
+          await checkAttention({ ...c, segments: pack.segments }, shape, given, false, poisoned);
+        }
+      });
+      test(`${title}: a cut into chunks changes no bit`, async () => {
+        const shape = shapeOf(3, headDim, 300, 0);
+        const given = randomInputs(shape, elem, 5);
+        const whole = await runAttention(c, given, shape);
+        for (const cut of [64, 128, 256]) expectSame(await runCut(c, given, shape, cut), whole);
+      });
+      test(`${title}: ten runs are bit-identical`, async () => {
+        const shape = shapeOfPack(TWO_DOCUMENTS, 3, headDim);
+        const given = randomInputs(shape, elem, 1);
+        await expectTenIdenticalRuns(() =>
+          runAttention({ ...c, segments: TWO_DOCUMENTS.segments }, given, shape)
+        );
       });
     }
     if (elem === "f16") {
@@ -227,17 +383,25 @@ describe("flash_attention", () => {
       test.skipIf(skipped !== "")(
         `tensor cores rescale their output where scores grow${skipped}`,
         async () => {
-          const shape = shapeOf(3, 64, 257, 130);
-          const { v } = randomInputs(shape, elem, 3);
-          const noise = normalArray(2, 387 * 192, 0, 0.1);
-          for (const slope of [0.02, -0.02, 0.5, -0.5, 3, -3]) {
-            const along = (rows: number, value: (row: number) => number) =>
-              rounded(
-                noise.subarray(0, rows * 192).map((x, i) => i % 64 ? x : value(Math.floor(i / 192))),
-                elem,
-              );
-            const given = { q: along(257, () => 8), k: along(387, (j) => j * slope), v };
-            for (const c of [...matrix, ...matrixOf("lists")]) await checkAttention(c, shape, given, true);
+          const branches = BRANCHES.at(-1)!;
+          const packed = matrixOf("segments").map((c) => ({ ...c, segments: branches.segments }));
+          for (
+            const [cases, shape] of [
+              [[...matrix, ...matrixOf("lists")], shapeOf(3, 64, 257, 130)],
+              [packed, shapeOfPack(branches, 3, 64)],
+            ] as const
+          ) {
+            const { q, v } = randomInputs(shape, elem, 3);
+            const noise = normalArray(2, v.length, 0, 0.1);
+            for (const slope of [0.02, -0.02, 0.5, -0.5, 3, -3]) {
+              const along = (length: number, value: (row: number) => number) =>
+                rounded(
+                  noise.subarray(0, length).map((x, i) => i % 64 ? x : value(Math.floor(i / 192))),
+                  elem,
+                );
+              const given = { q: along(q.length, () => 8), k: along(v.length, (j) => j * slope), v };
+              for (const c of cases) await checkAttention(c, shape, given, true);
+            }
           }
         },
       );

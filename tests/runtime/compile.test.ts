@@ -203,6 +203,7 @@ test("kernels for tensor cores are valid on the null backend, where workgroup me
   const matrix = everyVariant.filter(({ kernel, variant }) => kernel.header(variant).subgroupMatrix);
   const names = new Set(matrix.map(({ kernel }) => kernel.name));
   expect([...names].sort()).toEqual([
+    "flash_attention/packed_subgroup_matrix",
     "flash_attention/sparse_subgroup_matrix",
     "flash_attention/subgroup_matrix",
     "matmul/subgroup_matrix",

@@ -212,3 +212,80 @@ export function seenBy(heads: readonly BlockLists[]): Sees {
   return (head, position, key) =>
     kept[head]![Math.floor(position / KV_BLOCK)]!.has(Math.floor(key / KV_BLOCK));
 }
+
+/** What a query of a pack sees, in places of the cache (`walk_segments.wgsl`). */
+export interface Segment {
+  readonly sharedFirst: number;
+  readonly sharedEnd: number;
+  readonly ownFirst: number;
+  readonly start: number;
+}
+
+/** Segments as the kernels read them. */
+export function packSegments(segments: readonly Segment[]): Uint32Array {
+  return Uint32Array.from(segments.flatMap((s) => [s.sharedFirst, s.sharedEnd, s.ownFirst, s.start]));
+}
+
+/** What queries with these segments see, the first of which is at `firstPosition`. */
+export function seenInPack(segments: readonly Segment[], firstPosition: number): Sees {
+  return (_, position, key) => {
+    const { sharedFirst, sharedEnd, start } = segments[position - firstPosition]!;
+    return (sharedFirst <= key && key < sharedEnd) || start <= key;
+  };
+}
+
+/** Queries of one call with their segments. */
+export interface Pack {
+  readonly firstPosition: number;
+  readonly segments: readonly Segment[];
+  /** Where each document or branch begins in the cache. */
+  readonly places: readonly number[];
+}
+
+/** The next place at which a group begins. */
+export function nextGroup(place: number): number {
+  return KV_BLOCK * Math.ceil(place / KV_BLOCK);
+}
+
+/** Documents of these lengths, each in groups of its own, the rest of which is as if it went on. */
+export function packDocuments(lengths: readonly number[], firstPosition = 0): Pack {
+  const segments: Segment[] = [];
+  const places = lengths.map((length) => {
+    const place = nextGroup(firstPosition + segments.length);
+    while (firstPosition + segments.length < place) segments.push(segments.at(-1)!);
+    const segment = { sharedFirst: place, sharedEnd: place, ownFirst: place, start: place };
+    for (let i = 0; i < length; i++) segments.push(segment);
+    return place;
+  });
+  return { firstPosition, segments, places };
+}
+
+/**
+ * Branches of documents that are in the cache, side by side behind it.
+ * @param documents where each begins and ends in the cache, and the lengths of its branches; the rest of its last group
+ * are branches of one token
+ */
+export function packBranches(
+  documents: readonly { first: number; end: number; branches: readonly number[] }[],
+): Pack {
+  const firstPosition = nextGroup(Math.max(...documents.map(({ end }) => end)));
+  const segments: Segment[] = [];
+  const places: number[] = [];
+  for (const { first, end, branches } of documents) {
+    const starts: number[] = [];
+    const base = nextGroup(firstPosition + segments.length);
+    while (firstPosition + segments.length < base) {
+      const place = firstPosition + segments.length;
+      segments.push({ ...segments.at(-1)!, start: place });
+    }
+    for (const length of branches) {
+      places.push(base + starts.length);
+      starts.push(...new Array<number>(length).fill(base + starts.length));
+    }
+    starts.forEach((start, i) => {
+      const ownFirst = KV_BLOCK * Math.floor(starts[i - i % KV_BLOCK]! / KV_BLOCK);
+      segments.push({ sharedFirst: first, sharedEnd: end, ownFirst, start });
+    });
+  }
+  return { firstPosition, segments, places };
+}

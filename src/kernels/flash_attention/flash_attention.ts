@@ -17,15 +17,22 @@ import {
   unrollConst,
 } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
+import causalText from "./causal.wgsl" with { type: "text" };
 import listBindingsText from "./list_bindings.wgsl" with { type: "text" };
 import normalizedText from "./normalized.wgsl" with { type: "text" };
+import queryTilesText from "./query_tiles.wgsl" with { type: "text" };
 import registerTiledShader from "./register_tiled.wgsl" with { type: "text" };
+import segmentBindingsText from "./segment_bindings.wgsl" with { type: "text" };
 import subgroupMatrixBindingsText from "./subgroup_matrix_bindings.wgsl" with { type: "text" };
 import subgroupMatrixShader from "./subgroup_matrix.wgsl" with { type: "text" };
 import subgroupShader from "./subgroup.wgsl" with { type: "text" };
 import tiledShader from "./tiled.wgsl" with { type: "text" };
 import walkAllText from "./walk_all.wgsl" with { type: "text" };
 import walkListsText from "./walk_lists.wgsl" with { type: "text" };
+import walkSegmentsText from "./walk_segments.wgsl" with { type: "text" };
+
+/** What a tile of queries attends to: all keys before it, those of a block mask, or those of its segment of a pack. */
+export type AttentionWalk = "all" | "lists" | "segments";
 
 export interface FlashAttentionVariant {
   readonly elem: Elem;
@@ -43,7 +50,7 @@ export interface FlashAttentionVariant {
 
 export interface FlashAttentionProblem {
   readonly qLen: number;
-  /** Position of the first query; queries see the keys up to their own position. */
+  /** Position of the first query, in a pack a multiple of `KV_BLOCK`; queries see no keys behind their own position. */
   readonly firstPosition: number;
   /** Blocks that the cache has room for, a head. */
   readonly blocks: number;
@@ -86,12 +93,46 @@ export interface SubgroupAttentionVariant {
 const file = (name: string, text: string): ShaderFile => ({ file: `flash_attention/${name}.wgsl`, text });
 
 const bindings = file("bindings", bindingsText);
+const causal = file("causal", causalText);
+const queryTiles = file("query_tiles", queryTilesText);
+
+/** What the kernels of one walk have in common, whatever their text. */
+const WALKS: Readonly<
+  Record<AttentionWalk, {
+    /** Of their names. */
+    readonly prefix: string;
+    readonly sources: readonly ShaderFile[];
+    /** Behind those of all texts. */
+    readonly bindings: Readonly<Record<string, "read">>;
+  }>
+> = {
+  all: { prefix: "", sources: [file("walk_all", walkAllText), queryTiles, causal], bindings: {} },
+  lists: {
+    prefix: "sparse_",
+    sources: [
+      file("list_bindings", listBindingsText),
+      file("walk_lists", walkListsText),
+      blockListsHelper,
+      causal,
+    ],
+    bindings: { block_lists: "read" },
+  },
+  segments: {
+    prefix: "packed_",
+    sources: [
+      file("segment_bindings", segmentBindingsText),
+      file("walk_segments", walkSegmentsText),
+      queryTiles,
+    ],
+    bindings: { segments: "read" },
+  },
+};
 
 /** What the kernels of one text differ in, whatever they walk over. */
 interface AttentionText<V> {
   readonly name: string;
   readonly sources: readonly ShaderFile[];
-  /** Queries of a workgroup; divides a block of the cache where lists are walked. */
+  /** Queries of a workgroup; divides a block of the cache where lists or segments are walked. */
   tileQ(v: V): number;
   header(v: V): ShaderHeader;
   workgroupBytes(v: V): number;
@@ -104,24 +145,17 @@ function attentionKernel<V>(
   text: AttentionText<V>,
   walk: AttentionWalk,
 ): Kernel<V, FlashAttentionProblem> {
-  const isSparse = walk === "lists";
+  const { prefix, sources, bindings } = WALKS[walk];
   return {
-    name: `flash_attention/${isSparse ? "sparse_" : ""}${text.name}`,
-    sources: [
-      ...text.sources,
-      ...(isSparse
-        ? [file("list_bindings", listBindingsText), file("walk_lists", walkListsText), blockListsHelper]
-        : [file("walk_all", walkAllText)]),
-      file("normalized", normalizedText),
-      kvBlocks,
-    ],
+    name: `flash_attention/${prefix}${text.name}`,
+    sources: [...text.sources, ...sources, file("normalized", normalizedText), kvBlocks],
     bindings: {
       qkv: "read",
       k: "read",
       v: "read",
       block_table: "read",
       out: "read_write",
-      ...(isSparse ? { block_lists: "read" } as const : {}),
+      ...bindings,
     },
     params: {
       q_len: "u32",
@@ -144,10 +178,21 @@ function attentionKernel<V>(
     }),
     grid(v, { qLen, firstPosition, range }) {
       const tile = text.tileQ(v);
-      // Tiles that follow lists begin at multiples of their size.
-      const before = isSparse ? firstPosition % tile : 0;
+      // Tiles that follow lists begin at positions that are multiples of their size.
+      const before = walk === "lists" ? firstPosition % tile : 0;
       return text.grid(v, range.heads, Math.ceil((before + qLen) / tile));
     },
+  };
+}
+
+/** A text's kernels, one for each walk. */
+function attentionKernels<V>(
+  text: AttentionText<V>,
+): Readonly<Record<AttentionWalk, Kernel<V, FlashAttentionProblem>>> {
+  return {
+    all: attentionKernel(text, "all"),
+    lists: attentionKernel(text, "lists"),
+    segments: attentionKernel(text, "segments"),
   };
 }
 
@@ -172,10 +217,9 @@ const tiledText: AttentionText<FlashAttentionVariant> = {
   grid: (_, heads, tiles) => [tiles, heads, 1],
 };
 
+const tiled = attentionKernels(tiledText);
 /** Causal attention of `qLen` queries over the cache, whose last keys are the queries' own. */
-export const tiledAttention = attentionKernel(tiledText, "all");
-/** The same over the blocks of keys that lists name. */
-export const sparseTiledAttention = attentionKernel(tiledText, "lists");
+export const tiledAttention = tiled.all;
 
 const registerTiledText: AttentionText<RegisterTiledVariant> = {
   name: "register_tiled",
@@ -202,13 +246,12 @@ const registerTiledText: AttentionText<RegisterTiledVariant> = {
 };
 
 /** The same with both products tiled in registers, for the heads of published models. */
-export const registerTiledAttention = attentionKernel(registerTiledText, "all");
-export const sparseRegisterTiledAttention = attentionKernel(registerTiledText, "lists");
+const registerTiled = attentionKernels(registerTiledText);
 
 /** Subgroups that share a tile of keys: 23 KiB of workgroup memory, so that two workgroups share a multiprocessor. */
 const ATTENTION_SUBGROUPS = 4;
-/** The same where a tile of queries must not be longer than a block of the mask. */
-const SPARSE_SUBGROUPS = KV_BLOCK / 32;
+/** The same where a tile of queries must not be longer than a block of the cache: with lists and segments. */
+const BLOCK_SUBGROUPS = KV_BLOCK / 32;
 
 /** Rows of `qkv` that attention may read, past the last query too; what is there is not used. */
 export const ATTENTION_ROWS = 32 * ATTENTION_SUBGROUPS;
@@ -242,10 +285,11 @@ const subgroupMatrixText: AttentionText<SubgroupMatrixAttentionVariant> = {
   grid: (_, heads, tiles) => [heads, tiles, 1],
 };
 
-/** The same on tensor cores, for heads of 64 columns; `qkv` has a multiple of `32 · subgroups` rows. */
-export const subgroupMatrixAttention = attentionKernel(subgroupMatrixText, "all");
-/** `qkv` has as many rows more as the first tile of queries lacks. */
-export const sparseSubgroupMatrixAttention = attentionKernel(subgroupMatrixText, "lists");
+/**
+ * The same on tensor cores, for heads of 64 columns; `qkv` has a multiple of `32 · subgroups` rows, and with lists as many
+ * more as the first tile of queries lacks.
+ */
+const subgroupMatrix = attentionKernels(subgroupMatrixText);
 
 const subgroupText: AttentionText<SubgroupAttentionVariant> = {
   name: "subgroup",
@@ -262,12 +306,9 @@ const subgroupText: AttentionText<SubgroupAttentionVariant> = {
   grid: (v, heads, tiles) => [tiles, heads, Math.ceil(v.headDim4 / (2 * v.subgroup))],
 };
 
+const subgroup = attentionKernels(subgroupText);
 /** The same on software Vulkan. */
-export const subgroupAttention = attentionKernel(subgroupText, "all");
-export const sparseSubgroupAttention = attentionKernel(subgroupText, "lists");
-
-/** What a tile of queries attends to: all keys before it, or those of a block mask. */
-export type AttentionWalk = "all" | "lists";
+export const subgroupAttention = subgroup.all;
 
 /** Candidates in order of preference; `unroll` is false on software adapters only. */
 export function attentionCandidates(
@@ -277,20 +318,15 @@ export function attentionCandidates(
   unroll: boolean,
   walk: AttentionWalk = "all",
 ): Op<FlashAttentionProblem>[] {
-  const isSparse = walk === "lists";
-  const forSoftware = [8, 4].map((subgroup) =>
-    op(isSparse ? sparseSubgroupAttention : subgroupAttention, { elem, heads, headDim4, subgroup, unroll })
+  const forSoftware = [8, 4].map((lanes) =>
+    op(subgroup[walk], { elem, heads, headDim4, subgroup: lanes, unroll })
   );
-  const forMatrices = isSparse
-    ? op(sparseSubgroupMatrixAttention, { heads, subgroups: SPARSE_SUBGROUPS })
-    : op(subgroupMatrixAttention, { heads, subgroups: ATTENTION_SUBGROUPS });
+  const subgroups = walk === "all" ? ATTENTION_SUBGROUPS : BLOCK_SUBGROUPS;
   return [
     ...(unroll ? [] : forSoftware),
-    ...(takesMatrices(elem, headDim4) ? [forMatrices] : []),
-    ...registerTiledVariants(elem, heads, headDim4, unroll)
-      .map((v) => op(isSparse ? sparseRegisterTiledAttention : registerTiledAttention, v)),
-    ...flashAttentionVariants(elem, heads, headDim4, unroll)
-      .map((v) => op(isSparse ? sparseTiledAttention : tiledAttention, v)),
+    ...(takesMatrices(elem, headDim4) ? [op(subgroupMatrix[walk], { heads, subgroups })] : []),
+    ...registerTiledVariants(elem, heads, headDim4, unroll).map((v) => op(registerTiled[walk], v)),
+    ...flashAttentionVariants(elem, heads, headDim4, unroll).map((v) => op(tiled[walk], v)),
   ];
 }
 

@@ -36,7 +36,6 @@ fn main(
     let tile_q = grid.y - 1u - workgroup.y;
     let first_query = first_query_of(tile_q);
     let query_end = query_end_of(tile_q);
-    let first_position = params.first_position + first_query;
     let kv_end = params.first_position + query_end;
     let walk = walk_of(head, first_query, kv_end);
     let last_tile = max(walk.tiles, 1u) - 1u;
@@ -56,7 +55,11 @@ fn main(
 
     var m: array<f32, ROWS>;
     var l: array<f32, ROWS>;                                        // of this lane's keys only
-    for (var i = 0u; i < ROWS; i++) { m[i] = MASKED; }
+    var sights: array<Sight, ROWS>;
+    for (var i = 0u; i < ROWS; i++) {
+        m[i] = MASKED;
+        sights[i] = sight_of(first_query + row_group + ROW_GROUPS * i);
+    }
     var o: array<vec4f, O_ROWS>;
 
     // Keys and values are on their way from storage for a whole round before they are used.
@@ -72,10 +75,11 @@ fn main(
 
     for (var tile = 0u; tile < walk.tiles; tile++) {
         let first = key_of(walk, tile);
+        let end = keys_end(walk, tile, kv_end);
         next = kv_row(workgroup.x, key_of(walk, min(tile + 1u, last_tile))) * HEAD_DIM4 + lane;
         for (var i = 0u; i < trips(LOADS); i++) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
-            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < kv_end;
+            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < end;
             kv_tile[slot + i * slot_step] = select(vec4f(0.0), vec4f(k_next[i]), is_key);
             k_next[i] = k[next + i * LANES];
         }
@@ -104,10 +108,7 @@ fn main(
         }
         if (hides(walk, tile)) {
             let key = vec4u(first + key_group) + vec4u(0u, 1u, 2u, 3u) * KEY_GROUPS;
-            for (var i = 0u; i < ROWS; i++) {
-                let last = vec4u(first_position + row_group + ROW_GROUPS * i);
-                s[i] = select(vec4f(MASKED), s[i], key <= last);
-            }
+            for (var i = 0u; i < ROWS; i++) { s[i] = select(vec4f(MASKED), s[i], sees(sights[i], key)); }
         }
         for (var i = 0u; i < ROWS; i++) {
             let largest = max(max(s[i].x, s[i].y), max(s[i].z, s[i].w));
@@ -116,7 +117,7 @@ fn main(
         workgroupBarrier();
 
         for (var i = 0u; i < trips(LOADS); i++) {
-            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < kv_end;
+            let is_key = first + (lane + i * LANES) / HEAD_DIM4 < end;
             kv_tile[slot + i * slot_step] = select(vec4f(0.0), vec4f(v_next[i]), is_key);
             v_next[i] = v[next + i * LANES];
         }

@@ -41,8 +41,8 @@ fn add_scores(s: ptr<function, Scores>, q: vec4f, key0: vec4f, key1: vec4f) {
     }
 }
 
-fn masked(s: vec4f, first_key: u32, position: u32) -> vec4f {
-    return select(vec4f(MASKED), s, vec4u(first_key) + vec4u(0u, 1u, 2u, 3u) <= vec4u(position));
+fn masked(s: vec4f, first_key: u32, sight: Sight) -> vec4f {
+    return select(vec4f(MASKED), s, sees(sight, vec4u(first_key) + vec4u(0u, 1u, 2u, 3u)));
 }
 
 fn largest(s: vec4f) -> f32 {
@@ -54,7 +54,7 @@ fn soften(
     s: ptr<function, Scores>,
     is_partial: bool,
     first_key: u32,
-    position: u32,
+    sight: Sight,
     m: ptr<function, f32>,
     l: ptr<function, f32>,
 ) -> f32 {
@@ -67,10 +67,10 @@ fn soften(
         s3 = (*s)[3];
     }
     if (is_partial) {
-        s0 = masked(s0, first_key, position);
-        s1 = masked(s1, first_key + 4u, position);
-        s2 = masked(s2, first_key + 8u, position);
-        s3 = masked(s3, first_key + 12u, position);
+        s0 = masked(s0, first_key, sight);
+        s1 = masked(s1, first_key + 4u, sight);
+        s2 = masked(s2, first_key + 8u, sight);
+        s3 = masked(s3, first_key + 12u, sight);
     }
     // Every query sees the first key of its first tile: m is a real score from then on.
     let m_new = max(*m, largest(max(max(s0, s1), max(s2, s3))));
@@ -140,6 +140,8 @@ fn main(
     let q1 = (3u * query1 * HEADS + head) * HEAD_DIM4;
     let kv_end = params.first_position + query_end;
     let walk = walk_of(head, first_query, kv_end);
+    let sight0 = sight_of(query0);
+    let sight1 = sight_of(query1);
     let left4 = workgroup.z * 2u * SUBGROUP + lane;
     let right4 = left4 + SUBGROUP;
 
@@ -154,13 +156,14 @@ fn main(
     var l1 = 0.0;
     for (var tile = 0u; tile < walk.tiles; tile++) {
         let first = key_of(walk, tile);
+        let end = keys_end(walk, tile, kv_end);
         // A tile of keys that lies behind the last query: the rest of a listed block has no more.
-        if (first >= kv_end) { break; }
+        if (first >= end) { break; }
         let is_partial = hides(walk, tile);
         // A tile lies within a block. Keys past the last repeat it: what the cache holds there may be anything, NaN
         // included.
         let row = kv_row(workgroup.y, first);
-        let last = kv_end - 1u - first;
+        let last = end - 1u - first;
         let k0 = (row + min(lane, last)) * HEAD_DIM4;
         let k1 = (row + min(SUBGROUP + lane, last)) * HEAD_DIM4;
         var p0 = Scores();
@@ -173,8 +176,8 @@ fn main(
             add_scores(&p0, a0, key0, key1);
             add_scores(&p1, a1, key0, key1);
         }
-        let rescale0 = soften(&p0, is_partial, first, params.first_position + query0, &m0, &l0);
-        let rescale1 = soften(&p1, is_partial, first, params.first_position + query1, &m1, &l1);
+        let rescale0 = soften(&p0, is_partial, first, sight0, &m0, &l0);
+        let rescale1 = soften(&p1, is_partial, first, sight1, &m1, &l1);
         scale(&left0, rescale0);
         scale(&left1, rescale1);
         scale(&right0, rescale0);

@@ -78,12 +78,12 @@ fn sum_of(a: vec4f) -> f32 {
 // One row's scores of a tile of keys that starts at `first` become probabilities, in place; returns what the row's output
 // must be multiplied by.
 fn softmax(
-    row: u32, tile: u32, first: u32, position: u32, is_partial: bool, m: ptr<function, f32>, l: ptr<function, f32>,
+    row: u32, tile: u32, first: u32, sight: Sight, is_partial: bool, m: ptr<function, f32>, l: ptr<function, f32>,
 ) -> f32 {
     if (is_partial) {
         for (var j = 0u; j < TILE_KV / 4u; j++) {
             let keys = vec4u(first + 4u * j) + vec4u(0u, 1u, 2u, 3u);
-            let scores = select(vec4f(MASKED), bitcast<vec4f>(arena[row + j]), keys <= vec4u(position));
+            let scores = select(vec4f(MASKED), bitcast<vec4f>(arena[row + j]), sees(sight, keys));
             arena[row + j] = bitcast<vec4u>(scores);
         }
     }
@@ -151,7 +151,7 @@ fn main(
     let kv_end = params.first_position + query_end;
     let walk = walk_of(head, first_query, kv_end);
     let last_tile = max(walk.tiles, 1u) - 1u;
-    let position = params.first_position + first_query + lane;
+    let sight = sight_of(first_query + lane);
     let row = lane * STRIDE;                                   // this lane's row of the arena
     let upper = 32u * subgroup * STRIDE;                       // this subgroup's first and second 16 rows
     let lower = upper + 16u * STRIDE;
@@ -197,6 +197,7 @@ fn main(
         // Round after round, until some row's m is renewed or the keys end.
         loop {
             let first = key_of(walk, tile);
+            let end = keys_end(walk, tile, kv_end);
             for (var i = 0u; i < KV_LOADS; i++) { kv_tile[slot + i * slot_step] = k_next[i]; }
             workgroupBarrier();
             for (var i = 0u; i < KV_LOADS; i++) { k_next[i] = k[next + i * LANES]; }
@@ -206,11 +207,11 @@ fn main(
             for (var i = 0u; i < KV_LOADS; i++) {
                 // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
                 let key = first + (lane + i * LANES) / HEAD_DIM8;
-                kv_tile[slot + i * slot_step] = select(vec4u(0u), v_next[i], key < kv_end);
+                kv_tile[slot + i * slot_step] = select(vec4u(0u), v_next[i], key < end);
                 v_next[i] = v[next + i * LANES];
             }
             next = kv_row(workgroup.x, key_of(walk, min(tile + 2u, last_tile))) * HEAD_DIM8 + lane;
-            rescale = softmax(row, tile, first, position, hides(walk, tile), &m, &l);
+            rescale = softmax(row, tile, first, sight, hides(walk, tile), &m, &l);
             if (workgroupUniformLoad(&grew) != 0u) { break; }
             {
                 let p0 = subgroupMatrixLoad<Left, row_major>(&arena, upper, STRIDE);

@@ -1,6 +1,8 @@
 // out[i] = Σ_j softmax_j(q[i]·k[j] · scale) v[j] over j <= first_position + i: exact causal attention that never holds
-// more than TILE_Q × KEYS scores, over all keys or those of a block mask (walk_all.wgsl, walk_lists.wgsl). Tiling: Dao et al. 2022, algorithm 1, with the loops exchanged as in FlashAttention-2
-// (Dao 2023, section 3.1). Online softmax: Milakov & Gimelshein 2018, here in base 2 with log2(e) folded into the scale.
+// more than TILE_Q × KEYS scores, over all keys, those of a block mask or those of a segment (walk_all.wgsl,
+// walk_lists.wgsl, walk_segments.wgsl). Tiling: Dao et al. 2022, algorithm 1, with the loops exchanged as in
+// FlashAttention-2 (Dao 2023, section 3.1). Online softmax: Milakov & Gimelshein 2018, here in base 2 with log2(e) folded
+// into the scale.
 //
 // One workgroup a (tile of TILE_Q queries, head), one invocation a query: its q, its running maximum m, sum l and
 // unnormalised output o stay in registers in f32; tiles of TILE_KV keys and values are staged in workgroup memory, from
@@ -20,7 +22,7 @@ fn main(
     let first_query = first_query_of(tile_q);
     let query_end = query_end_of(tile_q);
     let query = first_query + lane;
-    let position = params.first_position + query;
+    let sight = sight_of(query);
     let kv_end = params.first_position + query_end;
     let walk = walk_of(head, first_query, kv_end);
 
@@ -37,12 +39,13 @@ fn main(
     for (var tile = 0u; tile < walk.tiles; tile++) {
         let first = key_of(walk, tile);
         let is_partial = hides(walk, tile);
+        let end = keys_end(walk, tile, kv_end);
         let row = kv_row(workgroup.y, first) * HEAD_DIM4;
         for (var i = lane; i < TILE_KV * HEAD_DIM4; i += TILE_Q) {
             // Zeros past the last key: what the cache holds there may be anything, NaN included, and 0 · NaN is NaN.
             var key = vec4f(0.0);
             var value = vec4f(0.0);
-            if (first + i / HEAD_DIM4 < kv_end) {
+            if (first + i / HEAD_DIM4 < end) {
                 key = vec4f(k[row + i]);
                 value = vec4f(v[row + i]);
             }
@@ -60,7 +63,7 @@ fn main(
                 }
                 s[j] = (products.x + products.y) + (products.z + products.w);
                 // Every query sees the first key of its first group: m is a real score from then on.
-                if (is_partial) { s[j] = select(MASKED, s[j], first + group + j <= position); }
+                if (is_partial) { s[j] = select(MASKED, s[j], sees(sight, vec4u(first + group + j)).x); }
                 m_new = max(m_new, s[j]);
             }
             let rescale = exp2(m - m_new);

@@ -4,14 +4,6 @@ struct Walk {
     first_visible: u32,     // the last key that the first query sees
 }
 
-fn first_query_of(tile: u32) -> u32 {
-    return tile * TILE_Q;
-}
-
-fn query_end_of(tile: u32) -> u32 {
-    return min((tile + 1u) * TILE_Q, params.q_len);
-}
-
 fn walk_of(head: u32, first_query: u32, kv_end: u32) -> Walk {
     return Walk((kv_end + TILE_KV - 1u) / TILE_KV, params.first_position + first_query);
 }
