@@ -53,7 +53,7 @@ const config = {
 const { nLayer, nEmbd, nInner, vocabSize } = config;
 const pattern = parsePattern(values.sparsity);
 if (pattern.kind === "file") throw new Error("--sparsity takes patterns without a file");
-const profiler = new Profiler(gpu);
+const profiler = new Profiler(gpu, "passes");
 
 function median(values: readonly number[]): number {
   return values.toSorted((a, b) => a - b)[values.length >> 1]!;
@@ -63,7 +63,7 @@ function median(values: readonly number[]): number {
 async function gpuTime(list: DispatchList): Promise<number> {
   const time = async () => {
     profiler.reset();
-    const r = new Recorder(gpu, "benchmark", { profiler, timed: "passes" });
+    const r = new Recorder(gpu, "benchmark", { profiler });
     for (let i = 0; i < RUNS_A_PASS; i++) r.replay(list);
     r.submit();
     await profiler.collect();

@@ -12,8 +12,6 @@ export type Tap = (name: string, buffer: GpuBuffer, recorder: Recorder) => void;
 
 export interface RecorderOptions {
   readonly profiler?: Profiler | undefined;
-  /** What the profiler times: each dispatch in a pass of its own, the default, or passes as they are without it. */
-  readonly timed?: "dispatches" | "passes";
   readonly tap?: Tap | undefined;
 }
 
@@ -169,8 +167,7 @@ export class Recorder implements Dispatcher {
     pass.setBindGroup(0, bindGroup);
     if (immediates) (pass as ImmediatesEncoder).setImmediates(0, immediates);
     pass.dispatchWorkgroups(...grid);
-    const { profiler, timed = "dispatches" } = this.#options;
-    if (profiler && timed === "dispatches") this.#endPass();
+    if (this.#options.profiler?.unit === "dispatches") this.#endPass();
   }
 
   #computePass(name: string): GPUComputePassEncoder {

@@ -299,8 +299,10 @@ describe("the profiler", () => {
       take(r, x, [ADD_ONE]);
       r.replay(list);
     }, { profiler });
-    // Two submissions may be under way before their times are collected.
+    // Two submissions may be under way before their times are collected, oldest first.
     submit((r) => r.replay(list), { profiler });
+    await profiler.collect();
+    expect(calls(profiler)).toEqual(new Map([[uniform.name, 5], [immediates.name, 2]]));
     await profiler.collect();
     expect(calls(profiler)).toEqual(new Map([[uniform.name, 7], [immediates.name, 3]]));
     const { kernels, dropped } = profiler.report();
@@ -312,15 +314,18 @@ describe("the profiler", () => {
 
   test.skipIf(untimed !== "")(`times whole passes by their first kernels if asked${untimed}`, async () => {
     const x = start();
-    const profiler = keep(new Profiler(gpu));
+    const profiler = keep(new Profiler(gpu, "passes"));
     submit((r) => {
       take(r, x, [DOUBLE], immediates);
       take(r, x, [ADD_ONE, TAIL], uniform);
       r.copy(x, 0, start("between"), 0, 4 * LENGTH); // which ends a pass
       take(r, x, [DOUBLE, ADD_ONE], uniform);
-    }, { profiler, timed: "passes" });
+    }, { profiler });
     await profiler.collect();
     expect(calls(profiler)).toEqual(new Map([[immediates.name, 1], [uniform.name, 1]]));
+    const sum = profiler.report().kernels.reduce((total, { gpuMs }) => total + gpuMs, 0);
+    expect(profiler.busyMs).toBeGreaterThan(0);
+    expect(profiler.busyMs).toBeLessThanOrEqual(sum * (1 + 1e-9));
     expect(await numbers(x)).toEqual(after(DOUBLE, ADD_ONE, TAIL, DOUBLE, ADD_ONE));
   });
 });
