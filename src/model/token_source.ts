@@ -122,9 +122,9 @@ export class TextTokens implements TokenSource {
     this.#keep(() => this.#encoder.push(slice));
   }
 
-  #keep(encode: () => number[]): void {
+  #keep(encode: () => Uint32Array): void {
     const starting = performance.now();
-    const ids = Uint32Array.from(encode());
+    const ids = encode();
     this.#encodeMs += performance.now() - starting;
     if (ids.length > 0) this.#batches.push(ids);
     this.#known += ids.length;

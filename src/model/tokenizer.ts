@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer } from "@huggingface/tokenizers";
 import { InputError, ModelError } from "../runtime/errors.ts";
 import { fileErrorCode, isJsonObject, type JsonObject, readJsonObject } from "./json_file.ts";
+import { isWhiteSpace, UnitEncoder } from "./unit_encoder.ts";
 
 /** Text to token ids and back; `decode(encode(text)) === text` for every well-formed string. */
 export interface GPT2Tokenizer {
@@ -49,7 +50,7 @@ export interface TokenizerFiles {
 const GPT2_PATTERN =
   /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
 
-const WHITE_SPACE = /\p{White_Space}/u;
+const SPACE = 0x20;
 
 /** GPT-2 spells byte b of a token as one character: itself where it prints in Latin-1, else U+0100, U+0101, … in order. */
 const BYTE_OF_CHAR = byteAlphabet();
@@ -107,7 +108,7 @@ export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
   };
   const decode = (ids: readonly number[]): string =>
     new TextDecoder("utf-8", { ignoreBOM: true }).decode(joinBytes(ids, bytesOf));
-  const encode = (text: string): number[] => {
+  const encodeWhole = (text: string): number[] => {
     const { ids } = library.encode(text, { add_special_tokens: false });
     // A small vocabulary trained without the 256 single bytes cannot spell every text, and the library drops the rest.
     if (missesBytes && !decode(ids).endsWith(text.toWellFormed())) {
@@ -119,10 +120,12 @@ export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
     return ids;
   };
   const rules = pieceRules(library, json as JsonObject, addedTokens);
+  const units = rules.cutsBefore && new UnitEncoder(encodeWhole, rules.cutsBefore);
+  const encode = (text: string) => units ? units.encode(text) : Uint32Array.from(encodeWhole(text));
 
   return {
     vocabSize: bytes.offsets.length - 1,
-    encode,
+    encode: (text) => Array.from(encode(text)),
     encoder: (batch = 1 << 16) => new PieceEncoder(encode, rules, batch),
     decode,
     bytesOf,
@@ -206,8 +209,11 @@ function fixPreTokenizer(library: Tokenizer, config: JsonObject): void {
 
 /** How a text may be encoded before all of it is there. */
 interface PieceRules {
-  /** What a cut may lie before, if no white space is in front of it; undefined where no cut is safe. */
-  readonly cutBefore: RegExp | undefined;
+  /**
+   * Whether a cut may lie before this white space, a UTF-16 code unit, if there is none in front of it; undefined
+   * where no cut is safe.
+   */
+  readonly cutsBefore: ((code: number) => boolean) | undefined;
   /** No text has more tokens than UTF-8 bytes. */
   readonly isByteBounded: boolean;
 }
@@ -221,7 +227,7 @@ function pieceRules(library: Tokenizer, json: JsonObject, added: readonly AddedT
   const parts: readonly unknown[] = top instanceof SequencePreTokenizer ? top.tokenizers : [top];
   const byteLevel = parts[0];
   if (library.normalizer !== null || parts.length !== 1 || !(byteLevel instanceof ByteLevelPreTokenizer)) {
-    return { cutBefore: undefined, isByteBounded: false };
+    return { cutsBefore: undefined, isByteBounded: false };
   }
   const canSpanCut = added.some(({ content, lstrip, rstrip }) =>
     /\P{White_Space}\p{White_Space}/u.test(content) || lstrip === true || rstrip === true
@@ -229,8 +235,8 @@ function pieceRules(library: Tokenizer, json: JsonObject, added: readonly AddedT
   const isFused = isJsonObject(json.model) && json.model.fuse_unk === true;
   const isCuttable = !canSpanCut && !isFused && byteLevel.use_regex;
   // `add_prefix_space` puts a space before every text that does not begin with one.
-  const cutBefore = byteLevel.add_prefix_space ? / / : WHITE_SPACE;
-  return { cutBefore: isCuttable ? cutBefore : undefined, isByteBounded: !byteLevel.add_prefix_space };
+  const cutsBefore = byteLevel.add_prefix_space ? (code: number) => code === SPACE : isWhiteSpace;
+  return { cutsBefore: isCuttable ? cutsBefore : undefined, isByteBounded: !byteLevel.add_prefix_space };
 }
 
 /** All tokens' bytes end to end: token i is `data[offsets[i] .. offsets[i + 1])`. */
@@ -312,18 +318,19 @@ export class StreamDecoder {
 export class PieceEncoder {
   /** No text has more tokens than UTF-8 bytes. */
   readonly isByteBounded: boolean;
-  readonly #encode: (text: string) => number[];
-  readonly #cutBefore: RegExp | undefined;
+  readonly #encode: (text: string) => Uint32Array<ArrayBuffer>;
+  readonly #cutsBefore: PieceRules["cutsBefore"];
   readonly #batch: number;
   #held: string[] = [];
   #heldLength = 0;
   #heldBytes = 0;
   #pushedBytes = 0;
-  #lastUnit = "";
+  /** The text's last UTF-16 code unit so far; white space before the first, where no cut may lie. */
+  #lastUnit = SPACE;
 
-  constructor(encode: (text: string) => number[], rules: PieceRules, batch: number) {
+  constructor(encode: (text: string) => Uint32Array<ArrayBuffer>, rules: PieceRules, batch: number) {
     this.#encode = encode;
-    this.#cutBefore = rules.cutBefore;
+    this.#cutsBefore = rules.cutsBefore;
     this.#batch = batch;
     this.isByteBounded = rules.isByteBounded;
   }
@@ -339,13 +346,13 @@ export class PieceEncoder {
   }
 
   /** The next ids, often none; InputError as for `encode`. */
-  push(text: string): number[] {
+  push(text: string): Uint32Array<ArrayBuffer> {
     const cut = this.#heldLength + text.length < this.#batch ? undefined : this.#lastCut(text);
     this.#pushedBytes += utf8Length(text);
-    this.#lastUnit = text.at(-1) ?? this.#lastUnit;
+    if (text !== "") this.#lastUnit = text.charCodeAt(text.length - 1);
     if (cut === undefined) {
       this.#hold(text);
-      return [];
+      return new Uint32Array(0);
     }
     this.#hold(text.slice(0, cut));
     const ids = this.end();
@@ -354,7 +361,7 @@ export class PieceEncoder {
   }
 
   /** The last ids. */
-  end(): number[] {
+  end(): Uint32Array<ArrayBuffer> {
     const text = this.#held.join("");
     this.#held = [];
     this.#heldLength = 0;
@@ -368,16 +375,58 @@ export class PieceEncoder {
     this.#heldBytes += utf8Length(text);
   }
 
-  /** The index in `text`, which comes next, of the last cut; none of white space lies outside the BMP. */
+  /** The index in `text`, which comes next, of the last cut. */
   #lastCut(text: string): number | undefined {
-    if (this.#cutBefore === undefined) return undefined;
+    if (this.#cutsBefore === undefined) return undefined;
     for (let at = text.length - 1; at >= 0; at--) {
-      if (!this.#cutBefore.test(text[at]!)) continue;
-      const before = at > 0 ? text[at - 1]! : this.#lastUnit;
-      if (before !== "" && !WHITE_SPACE.test(before)) return at;
+      if (!this.#cutsBefore(text.charCodeAt(at))) continue;
+      if (!isWhiteSpace(at > 0 ? text.charCodeAt(at - 1) : this.#lastUnit)) return at;
     }
     return undefined;
   }
+}
+
+/** The first ids of a text. */
+export interface FirstIds {
+  readonly ids: Uint32Array<ArrayBuffer>;
+  /** The text has more tokens than these. */
+  readonly truncated: boolean;
+}
+
+/** UTF-16 code units that `encodeUpTo` encodes in one go, at the most: some milliseconds. */
+const SLICE = 1 << 16;
+
+/**
+ * The ids of the first `most` tokens of a text, without those of the rest of a long one unless no cut is safe. Throws
+ * InputError as `encode` does, for the part that it encodes.
+ */
+export function encodeUpTo(
+  tokenizer: Pick<GPT2Tokenizer, "encoder">,
+  text: string,
+  most: number,
+): FirstIds {
+  // Prose has four characters a token; where they are fewer, the next slices are asked.
+  const slice = Math.min(SLICE, Math.max(1024, 4 * most));
+  const encoder = tokenizer.encoder(slice);
+  const batches: Uint32Array[] = [];
+  let known = 0;
+  const keep = (batch: Uint32Array) => {
+    batches.push(batch);
+    known += batch.length;
+  };
+  for (let at = 0; at < text.length && known <= most; at += slice) {
+    keep(encoder.push(text.slice(at, at + slice)));
+  }
+  if (known <= most) keep(encoder.end());
+
+  const ids = new Uint32Array(Math.min(known, most));
+  let filled = 0;
+  for (const batch of batches) {
+    const part = batch.subarray(0, ids.length - filled);
+    ids.set(part, filled);
+    filled += part.length;
+  }
+  return { ids, truncated: known > most };
 }
 
 /** UTF-8 bytes of the text. Each half of a pair counts as two of its four, so the sum over pieces is that of the whole. */

@@ -5,10 +5,12 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import {
   createTokenizer,
+  encodeUpTo,
   type GPT2Tokenizer,
   loadTokenizer,
   StreamDecoder,
 } from "../../src/model/tokenizer.ts";
+import { isWhiteSpace, UnitEncoder } from "../../src/model/unit_encoder.ts";
 import { LongformError, ModelError } from "../../src/runtime/errors.ts";
 import { loadTokenizerCases } from "../support/golden.ts";
 
@@ -99,14 +101,157 @@ function randomPieces(pick: (n: number) => number, text: string): string[] {
   return pieces;
 }
 
-describe("encoder", () => {
-  const byteLevel = original.pre_tokenizer as object;
-  const added = (...tokens: object[]) => ({
+const byteLevel = original.pre_tokenizer as object;
+
+function added(...tokens: object[]) {
+  return {
     added_tokens: [
       ...original.added_tokens as object[],
       ...tokens.map((token, i) => ({ id: 8192 + i, normalized: false, special: true, ...token })),
     ],
+  };
+}
+
+/** Words that come again and again, beside the fragments. */
+function randomProse(pick: (n: number) => number, words: number): string {
+  const spaces = [" ", " ", " ", "  ", "\n", "\r\n", "\t", "\u3000", ""];
+  const word = () =>
+    pick(3) === 0
+      ? randomText(pick, 1 + pick(3))
+      : "abcdefgh".slice(pick(4), 4 + pick(5)).repeat(1 + pick(2));
+  return Array.from({ length: words }, () => spaces[pick(spaces.length)]! + word()).join("");
+}
+
+describe("encode unit by unit", () => {
+  /** A token that no text here has and that a cut could split: the library gets every text as a whole. */
+  const uncuttable = { content: "\u{10fffd} \u{10fffd}" };
+  const variants: readonly (readonly [name: string, changes: object[], prefix?: boolean])[] = [
+    ["GPT-2's", []],
+    ["added tokens of white space", [{ content: "  " }, { content: "\n" }, { content: " b" }]],
+    ["added tokens inside of words", [{ content: "cd" }, { content: "é" }, {
+      content: "<mask>",
+      normalized: true,
+    }]],
+    ["a space in front", [], true],
+    ["a space in front and added tokens", [{ content: "  " }, { content: " b" }, { content: "cd" }], true],
+  ];
+
+  for (const [name, tokens, prefix = false] of variants) {
+    test(`gives the library's ids of the whole text: ${name}`, () => {
+      const config = { add_prefix_space: prefix };
+      const units = build(added(...tokens), config);
+      const whole = build(added(...tokens, uncuttable), config);
+      expect([...whole.encoder(1).push("a b")]).toEqual([]);
+      expect([...units.encoder(1).push("a b")]).not.toEqual([]);
+      const pick = picker(6);
+      for (let round = 0; round < 600; round++) {
+        const text = pick(2) === 0 ? randomText(pick, pick(60)) : randomProse(pick, pick(40));
+        expect({ text, ids: units.encode(text) }).toEqual({ text, ids: whole.encode(text) });
+      }
+    });
+  }
+
+  test("finds characters without tokens in every unit, every time", () => {
+    const small = build({
+      model: { type: "BPE", vocab: { a: 0, b: 1, Ġ: 2 }, merges: [] },
+      added_tokens: [],
+    });
+    for (let round = 0; round < 3; round++) {
+      expect(small.encode("ab a b")).toEqual([0, 1, 2, 0, 2, 1]);
+      expect(() => small.encode("a b ac b")).toThrow("has no tokens for some characters");
+    }
   });
+
+  test("knows white space as Unicode does", () => {
+    const pattern = /\p{White_Space}/u;
+    const differences = Array.from({ length: 0x10000 }, (_, unit) => unit)
+      .filter((unit) => isWhiteSpace(unit) !== pattern.test(String.fromCharCode(unit)));
+    expect(differences).toEqual([]);
+    let beyond = "";
+    for (let codePoint = 0x10000; codePoint < 0x110000; codePoint++) {
+      beyond += String.fromCodePoint(codePoint);
+    }
+    expect(pattern.test(beyond)).toBe(false);
+  });
+});
+
+describe("UnitEncoder", () => {
+  /** Gives each character its code as an id, and remembers what it was asked. */
+  function characters(capacity?: number) {
+    const asked: string[] = [];
+    const encoder = new UnitEncoder(
+      (unit) => {
+        asked.push(unit);
+        return [...unit].map((char) => char.codePointAt(0)!);
+      },
+      isWhiteSpace,
+      capacity,
+    );
+    const encode = (text: string) => String.fromCodePoint(...encoder.encode(text));
+    return { asked, encode };
+  }
+
+  test("asks for each unit once", () => {
+    const { asked, encode } = characters();
+    expect(encode("")).toBe("");
+    for (let round = 0; round < 2; round++) {
+      expect(encode("so so\n\n so\u0085😀 so  ")).toBe("so so\n\n so\u0085😀 so  ");
+    }
+    expect(asked).toEqual(["so", " so", "\n\n so", "\u0085😀", "  "]);
+  });
+
+  test("does not remember units of more than 64 code units", () => {
+    const { asked, encode } = characters();
+    const kept = "a".repeat(64);
+    for (const text of [kept, kept, `${kept}b`, `${kept}b`, kept]) expect(encode(text)).toBe(text);
+    expect(asked).toEqual([kept, `${kept}b`, `${kept}b`]);
+  });
+
+  test("forgets without harm, whichever of its arrays is full first", () => {
+    const pick = picker(7);
+    const { asked, encode } = characters(64);
+    for (const longest of [3, 30, 64]) {
+      const words = Array.from({ length: 500 }, (_, i) => `${i}`.padEnd(1 + pick(longest), "é漢"));
+      for (let round = 0; round < 300; round++) {
+        const text = Array.from({ length: 30 }, () => words[pick(words.length)]!).join(" ");
+        expect(encode(text)).toBe(text);
+      }
+    }
+    const before = asked.length;
+    encode("the same words come again");
+    encode("the same words come again");
+    expect(asked.length).toBe(before + 5);
+    for (const length of [1, 60, 190]) {
+      const encoder = new UnitEncoder((unit) => new Array<number>(length).fill(unit.length), () => true, 64);
+      for (let i = 0; i < 1000; i++) {
+        expect(encoder.encode("a".repeat(i % 40))).toEqual(
+          new Uint32Array(i % 40 === 0 ? 0 : length).fill(i % 40),
+        );
+      }
+    }
+  });
+
+  test("keeps neither a text alive nor all the units it was ever given", () => {
+    const encoder = new UnitEncoder(() => [1], isWhiteSpace);
+    const used = () => {
+      Bun.gc(true);
+      return process.memoryUsage().rss;
+    };
+    const encodeTexts = (from: number) => {
+      const word = "x".repeat(1 << 20);
+      for (let i = from; i < from + 200; i++) {
+        const units = Array.from({ length: 1000 }, (_, j) => `${i}-${j}-units-of-their-own`).join(" ");
+        expect(encoder.encode(`${word} ${units}`).length).toBe(1001);
+      }
+    };
+    encodeTexts(0);
+    const before = used();
+    encodeTexts(200);
+    expect(used() - before).toBeLessThan(50e6); // 200 MB of text
+  }, 20_000);
+});
+
+describe("encoder", () => {
   const model = original.model as { vocab: Record<string, number> };
   const withoutWords = Object.fromEntries(
     Object.entries(model.vocab).filter(([token]) => token.length === 1 || !/[aeh]/.test(token)),
@@ -169,7 +314,7 @@ describe("encoder", () => {
         const text = randomText(pick, pick(60));
         const pieces = randomPieces(pick, text);
         const encoder = tokenizer.encoder(1 + pick(20));
-        const ids = [...pieces.flatMap((piece) => encoder.push(piece)), ...encoder.end()];
+        const ids = [...pieces.flatMap((piece) => [...encoder.push(piece)]), ...encoder.end()];
         expect({ pieces, ids }).toEqual({ pieces, ids: tokenizer.encode(text) });
       }
     });
@@ -187,12 +332,12 @@ describe("encoder", () => {
 
   test("cuts before the first of several white spaces, and after no white space at the start", () => {
     const encoder = tokenizer.encoder(1);
-    expect(encoder.push("  ")).toEqual([]);
-    expect(encoder.push("\n")).toEqual([]);
-    expect(encoder.push("a\r")).toEqual(tokenizer.encode("  \na"));
-    expect(encoder.push("\n ")).toEqual([]);
-    expect(encoder.push("b")).toEqual([]);
-    expect(encoder.end()).toEqual(tokenizer.encode("\r\n b"));
+    expect([...encoder.push("  ")]).toEqual([]);
+    expect([...encoder.push("\n")]).toEqual([]);
+    expect([...encoder.push("a\r")]).toEqual(tokenizer.encode("  \na"));
+    expect([...encoder.push("\n ")]).toEqual([]);
+    expect([...encoder.push("b")]).toEqual([]);
+    expect([...encoder.end()]).toEqual(tokenizer.encode("\r\n b"));
   });
 
   test("knows how many bytes have come and how many of them wait", () => {
@@ -260,6 +405,51 @@ describe("encoder", () => {
     expect([...encoder.push("ab a"), ...encoder.push(" b")]).toEqual([0, 1, 2, 0]);
     expect(() => encoder.push("c ")).toThrow("has no tokens for some characters");
     expect(() => encoder.end()).not.toThrow();
+  });
+});
+
+describe("encodeUpTo", () => {
+  const long = "It was the best of times, it was the worst of times – naïve 東京 🎉 don't!\r\n  ".repeat(
+    20_000,
+  );
+
+  test("gives the first ids, and says whether there are more", () => {
+    const pick = picker(8);
+    const tokenizers = [
+      tokenizer,
+      build({}, { add_prefix_space: true }),
+      build({ normalizer: { type: "NFKC" } }),
+    ];
+    for (const tokenizer of tokenizers) {
+      for (let round = 0; round < 200; round++) {
+        const text = randomText(pick, pick(round % 10 === 0 ? 3000 : 60));
+        const ids = tokenizer.encode(text);
+        for (
+          const most of [0, 1, pick(ids.length + 1), ids.length - 1, ids.length, ids.length + 1, Infinity]
+        ) {
+          const wanted = Math.max(0, most);
+          expect(encodeUpTo(tokenizer, text, wanted)).toEqual({
+            ids: Uint32Array.from(ids.slice(0, wanted)),
+            truncated: ids.length > wanted,
+          });
+        }
+      }
+    }
+  });
+
+  test("encodes a long text no further than it has to", () => {
+    const ids = tokenizer.encode(long);
+    for (const most of [1, 1000, 10_000, 100_000]) {
+      let encoder = tokenizer.encoder();
+      const first = encodeUpTo({ encoder: (batch) => encoder = tokenizer.encoder(batch) }, long, most);
+      expect(first).toEqual({ ids: Uint32Array.from(ids.slice(0, most)), truncated: true });
+      expect(encoder.pushedBytes).toBeLessThan(1500 + 10 * most);
+    }
+  });
+
+  test("gives arrays of their own size, to be transferred", () => {
+    const { ids } = encodeUpTo(tokenizer, long, 1000);
+    expect(ids.buffer.byteLength).toBe(4000);
   });
 });
 
