@@ -323,10 +323,10 @@ describe("encoder", () => {
   test("encodes before the end where that is safe, and only there", () => {
     const pushed = ({ encoder }: GPT2Tokenizer) => encoder(1).push("It was the best of times");
     for (const [name, tokenizer] of encodable) {
-      expect({ name, ids: pushed(tokenizer) }).toEqual({ name, ids: tokenizer.encode("It was the best of") });
+      expect({ name, ids: [...pushed(tokenizer)] }).toEqual({ name, ids: tokenizer.encode("It was the best of") });
     }
     for (const [name, tokenizer] of notInPieces) {
-      expect({ name, ids: pushed(tokenizer) }).toEqual({ name, ids: [] });
+      expect({ name, ids: [...pushed(tokenizer)] }).toEqual({ name, ids: [] });
     }
   });
 
@@ -377,7 +377,7 @@ describe("encoder", () => {
     const encoder = tokenizer.encoder();
     const batches = [...text].map((char) => encoder.push(char)).filter((ids) => ids.length > 0);
     expect(batches.length).toBe(Math.floor(text.length / 2 ** 16));
-    expect([...batches.flat(), ...encoder.end()]).toEqual(tokenizer.encode(text));
+    expect([...batches.flatMap((ids) => [...ids]), ...encoder.end()]).toEqual(tokenizer.encode(text));
   });
 
   test("takes time in proportion to a text without white space", () => {
