@@ -1,6 +1,7 @@
 /** Parse, run, turn errors into exit codes; nothing else. */
 import process from "node:process";
 import { runBench } from "./src/cli/bench.ts";
+import { runClassify } from "./src/cli/classify.ts";
 import { runGenerate } from "./src/cli/generate.ts";
 import { runGenerateBatch } from "./src/cli/generate_batch.ts";
 import { runInfo } from "./src/cli/info.ts";
@@ -16,6 +17,8 @@ async function run(options: Options): Promise<number> {
       return await (options.prompts === undefined ? runGenerate(options) : runGenerateBatch(options));
     case "score":
       return await runScore(options);
+    case "classify":
+      return await runClassify(options);
     case "bench":
       return await runBench(options);
     case "info":

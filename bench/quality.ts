@@ -3,7 +3,7 @@
  * only while they are used, and decoding of tokens that are known.
  */
 import { readIds } from "../src/cli/input.ts";
-import { chooseElem, openSparsity } from "../src/cli/load.ts";
+import { chooseElem, openSparsity } from "../src/model/run_settings.ts";
 import type { CommonOptions } from "../src/cli/options.ts";
 import { parsePattern, patternName } from "../src/kvcache/patterns.ts";
 import type { Sparsity } from "../src/kvcache/sparsity.ts";

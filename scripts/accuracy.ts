@@ -2,7 +2,7 @@
  * Prints, as Markdown, how far this machine's adapter is from the recorded references, and the bound of each row.
  *
  *     bun scripts/accuracy.ts [--dtype f16|f32] [--adapter NAME] [--max-prompt N] [--synthetic CASE,CASE]
- *         [--out FILE.json] [--commit ID]
+ *         [--documents N] [--only classify] [--out FILE.json] [--commit ID]
  *
  * Prompts longer than `--max-prompt` tokens (4,096) are left out; the longest have 16,000 and 16,384. `--synthetic`
  * adds checkpoints in the shapes of published ones: gpt2, gpt2-medium (1,024 tokens), gpt2-16k, gpt2-64k; seconds to
@@ -15,13 +15,15 @@ import { openDevice } from "../src/runtime/device.ts";
 import type { Elem } from "../src/runtime/kernel.ts";
 import {
   type AccuracyRow,
+  type ClassifyAccuracy,
+  classifyAccuracy,
   greedyAccuracy,
   greedyGapTolerance,
   promptAccuracy,
   shortAccuracy,
   syntheticAccuracy,
 } from "../tests/support/accuracy.ts";
-import type { SyntheticCase } from "../tests/support/golden.ts";
+import type { ClassifiedLength, SyntheticCase } from "../tests/support/golden.ts";
 
 const { values } = parseArgs({
   options: {
@@ -29,6 +31,8 @@ const { values } = parseArgs({
     adapter: { type: "string" },
     synthetic: { type: "string" },
     "max-prompt": { type: "string", default: "4096" },
+    documents: { type: "string", default: "10" },
+    only: { type: "string" },
     commit: { type: "string" },
     out: { type: "string" },
   },
@@ -40,10 +44,13 @@ const elems: Elem[] = values.dtype === undefined
   ? (gpu.caps.f16 ? ["f32", "f16"] : ["f32"])
   : [values.dtype as Elem];
 
-const results: { elem: Elem; rows: AccuracyRow[] }[] = [];
-for (const elem of elems) {
+const results: { elem: Elem; rows: AccuracyRow[]; classify: ClassifyAccuracy[] }[] = [];
+const lengths = ([512, 2048, 8192, 16384] as ClassifiedLength[]).filter((tokens) => tokens <= maxPrompt);
+
+/** Everything but classification. */
+async function languageModel(elem: Elem): Promise<AccuracyRow[]> {
   const greedy = await greedyAccuracy(gpu, elem, maxPrompt);
-  const rows = [
+  return [
     ...await shortAccuracy(gpu, elem),
     ...await promptAccuracy(gpu, elem, 1024),
     ...await promptAccuracy(gpu, elem, 4096),
@@ -55,10 +62,15 @@ for (const elem of elems) {
       bound: greedyGapTolerance(elem),
     },
   ];
+}
+
+for (const elem of elems) {
+  const classify = await classifyAccuracy(gpu, elem, lengths, Number(values.documents));
+  const rows = [...(values.only === "classify" ? [] : await languageModel(elem)), ...classify.rows];
   for (const shape of values.synthetic?.split(",") ?? []) {
     rows.push(...await syntheticAccuracy(gpu, elem, shape as SyntheticCase));
   }
-  results.push({ elem, rows });
+  results.push({ elem, rows, classify: classify.right });
 }
 
 console.log(`${gpu.caps.name} (${gpu.caps.driver})\n`);
@@ -73,6 +85,12 @@ for (const { elem, rows } of results) {
         isKept ? "ok" : "BROKEN"
       } |`,
     );
+  }
+}
+console.log("\n| dtype | tokens | right | by the recorded logits |\n| --- | --- | --- | --- |");
+for (const { elem, classify } of results) {
+  for (const { tokens, right, recorded, documents } of classify) {
+    console.log(`| ${elem} | ${tokens} | ${right} of ${documents} | ${recorded} |`);
   }
 }
 if (values.out) {

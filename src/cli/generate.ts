@@ -5,6 +5,7 @@ import type { DecoderOptions } from "../model/decoder.ts";
 import { type FinishReason, generate, type Prompt } from "../model/generation.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Positions } from "../model/positions.ts";
+import { chooseElem, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import type { TokenLogprob } from "../model/sampling.ts";
 import { TextTokens, tokensOf, type TokenSource } from "../model/token_source.ts";
@@ -20,14 +21,12 @@ import {
   boundTokens,
   checkContext,
   checkPositions,
-  chooseElem,
   choosePositions,
   hasFile,
   inFlightOf,
   loadModel,
   modelFolder,
   openCommandDevice,
-  openSparsity,
 } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {

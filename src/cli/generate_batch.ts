@@ -5,6 +5,7 @@ import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { FinishReason } from "../model/generation.ts";
 import { tooManyPositions } from "../model/gpt2.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
+import { chooseElem, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
 import type { WeightSource } from "../model/weight_source.ts";
@@ -17,13 +18,11 @@ import { openText } from "./input.ts";
 import {
   abortOnInterrupt,
   checkContext,
-  chooseElem,
   choosePositions,
   inFlightOf,
   loadModel,
   modelFolder,
   openCommandDevice,
-  openSparsity,
 } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {

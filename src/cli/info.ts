@@ -2,11 +2,12 @@
 import { type Choice, explainChoices } from "../kernels/index.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import { kernelShape, largestContext } from "../model/memory_plan.ts";
+import { chooseElem } from "../model/run_settings.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import { type Capabilities, listAdapters } from "../runtime/device.ts";
 import { LongformError } from "../runtime/errors.ts";
 import { adviceFor, describeSubgroups, type Elem } from "../runtime/kernel.ts";
-import { chooseElem, modelFolder, openCommandDevice } from "./load.ts";
+import { modelFolder, openCommandDevice } from "./load.ts";
 import type { InfoOptions } from "./options.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
 import { formatChoices } from "./report.ts";

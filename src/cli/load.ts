@@ -1,22 +1,20 @@
 /** What commands share: the model folder, the device, the element type, the loaded model. */
-import { createHash } from "node:crypto";
-import { readFile, stat } from "node:fs/promises";
+import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import process from "node:process";
-import { fileURLToPath } from "node:url";
 import { explainChoices } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
-import { parseMask, type Pattern } from "../kvcache/patterns.ts";
 import type { Sparsity } from "../kvcache/sparsity.ts";
 import type { GPT2Config } from "../model/config.ts";
 import { Gpt2, type Gpt2Options, tooManyPositions } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
+import { DEFAULT_MODEL } from "../model/run_settings.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
 import type { TextTokens } from "../model/token_source.ts";
 import type { WeightSource } from "../model/weight_source.ts";
-import type { Capabilities, Gpu } from "../runtime/device.ts";
+import type { Gpu } from "../runtime/device.ts";
 import { openDevice } from "../runtime/device.ts";
-import { DeviceError, InputError, LongformError, UsageError } from "../runtime/errors.ts";
+import { LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { Profiler } from "../runtime/profiler.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
@@ -33,10 +31,8 @@ export function inFlightOf({ caps }: Gpu): number {
   return caps.isSoftware ? SOFTWARE_IN_FLIGHT : IN_FLIGHT;
 }
 
-const DEFAULT_MODEL = new URL("../../weights/classics-16k", import.meta.url);
-
 export function modelFolder(options: Pick<CommonOptions, "model">): string {
-  return options.model ?? fileURLToPath(DEFAULT_MODEL.href);
+  return options.model ?? DEFAULT_MODEL;
 }
 
 /** Whether a file is in the model's folder. */
@@ -52,20 +48,6 @@ export async function openCommandDevice(options: CommonOptions): Promise<Gpu> {
       if (!options.quiet) writeNote(`note: ${message}`);
     },
   });
-}
-
-/**
- * The element type of a run. `auto` is f16 on a GPU that has it: half the memory and bandwidth. On the CPU it is f32,
- * which needs no conversions there.
- */
-export function chooseElem(dtype: CommonOptions["dtype"], caps: Capabilities): Elem {
-  if (dtype === "auto") return caps.f16 && !caps.isSoftware ? "f16" : "f32";
-  if (dtype === "f16" && !caps.f16) {
-    throw new DeviceError(`${caps.name} does not support f16 in shaders`, {
-      hint: "use `--dtype f32` or `auto`",
-    });
-  }
-  return dtype;
 }
 
 /** @throws UsageError when `--context` is more than the positions that the run may have */
@@ -108,36 +90,8 @@ export function checkPositions(tokens: number, isAll: boolean, positions: Positi
   throw tooManyPositions(`The text, ${isAll ? "" : "over "}${tokens} tokens,`, positions);
 }
 
-/** A mask larger than this is no mask: one of every block of 256K tokens, written out, has 50 MB. */
-const MOST_MASK_BYTES = 256 << 20;
-
-/**
- * What a run attends to; reads the mask of `file:`.
- * @throws InputError when it cannot be read or is no mask
- */
-export async function openSparsity(pattern: Pattern): Promise<Sparsity> {
-  if (pattern.kind !== "file") return { pattern };
-  const { path } = pattern;
-  const unreadable = (why: string, cause?: unknown) =>
-    new InputError(`The block mask ${path} ${why}`, {
-      hint: "give the path of a JSON file behind `file:`",
-      ...(cause === undefined ? {} : { cause }),
-    });
-  let bytes: Uint8Array;
-  try {
-    const { size } = await stat(path);
-    if (size > MOST_MASK_BYTES) throw unreadable(`has ${size} bytes, more than any mask`);
-    bytes = await readFile(path);
-  } catch (error) {
-    if (error instanceof InputError) throw error;
-    throw unreadable(`cannot be read: ${(error as Error).message}`, error);
-  }
-  const sha256 = createHash("sha256").update(bytes).digest("hex");
-  return { pattern, mask: parseMask(new TextDecoder().decode(bytes), path), sha256 };
-}
-
 /** Says how much of the attention a sparse run keeps. */
-function noteSparsity(model: Gpt2): void {
+export function noteSparsity(model: Gpt2): void {
   const report = sparsityReport(model);
   if (!report) return;
   const { pattern, density } = report;

@@ -6,9 +6,12 @@
 import { type CAC, cac, type Command } from "cac";
 import { parsePattern, type Pattern, PATTERN_GRAMMAR } from "../kvcache/patterns.ts";
 import { PUBLISHED_SHAPES, type PublishedShape } from "../model/config.ts";
+import { DEFAULT_TEMPLATE } from "../model/label_head.ts";
+import type { Pooling } from "../model/memory_plan.ts";
 import type { PositionMode } from "../model/positions.ts";
 import { UsageError } from "../runtime/errors.ts";
 import { writeResult } from "./output.ts";
+import { parseShard, type Shard } from "./shard.ts";
 import { runtimeName, VERSION } from "./version.ts";
 
 /** Options that every command takes. */
@@ -75,6 +78,31 @@ export interface ScoreOptions extends RunOptions {
   readonly logits: readonly number[];
 }
 
+export interface ClassifyOptions extends RunOptions {
+  readonly command: "classify";
+  /** Files, folders and patterns, or with `jsonl` files of records; none is standard input. */
+  readonly files: readonly string[];
+  readonly jsonl: boolean;
+  /** Tokens that documents are cut to, increasing: each is classified by each. Undefined does not cut. */
+  readonly maxTokens: readonly number[] | undefined;
+  /** Labels as texts; undefined for the checkpoint's score head. */
+  readonly labels: readonly string[] | undefined;
+  readonly template: string | undefined;
+  readonly calibrate: boolean;
+  readonly pooling: Pooling;
+  /** Tokens of windows that the score head is averaged over; undefined for one long context. */
+  readonly window: number | undefined;
+  /** The true label: a field of the records, or for files the folder that each lies in. Undefined compares nothing. */
+  readonly expected: string | undefined;
+  readonly out: string | undefined;
+  readonly resume: boolean;
+  readonly shard: Shard | undefined;
+  /** Documents that share a pass at most; undefined for as many as fit. */
+  readonly batch: number | undefined;
+  /** Threads that encode; undefined for the machine's default. */
+  readonly workers: number | undefined;
+}
+
 export interface BenchOptions extends CommonOptions {
   readonly command: "bench";
   readonly phases: readonly BenchPhase[];
@@ -101,7 +129,13 @@ export interface InspectOptions extends CommonOptions {
   readonly path: string;
 }
 
-export type Options = GenerateOptions | ScoreOptions | BenchOptions | InfoOptions | InspectOptions;
+export type Options =
+  | GenerateOptions
+  | ScoreOptions
+  | ClassifyOptions
+  | BenchOptions
+  | InfoOptions
+  | InspectOptions;
 
 const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
 export type BenchPhase = typeof BENCH_PHASES[number];
@@ -206,6 +240,15 @@ const batches: Convert = (value, flag) => {
   }
   return [...new Set(list)].sort((a, b) => a - b);
 };
+
+/** `512,2k,8k`: lengths in any order. */
+const lengths: Convert = (value, flag) => {
+  const list = value.split(",").map((part) => tokens(part.trim(), flag) as number);
+  return [...new Set(list)].sort((a, b) => a - b);
+};
+
+/** `politics, sports`: names, without the white space around them. */
+const names: Convert = (value) => value.split(",").map((part) => part.trim());
 
 const pattern: Convert = (value) => parsePattern(value);
 
@@ -399,6 +442,88 @@ const COMMANDS = {
     examples: [
       "longform score book.txt",
       "longform score a.txt b.txt --max-tokens 16k --window 1k --json",
+    ],
+  },
+  classify: {
+    usage: "classify [...files]",
+    description: "Label documents of any length, one or a million",
+    positional: { name: "file", least: 0, most: Infinity },
+    options: [
+      {
+        flags: "--jsonl",
+        description:
+          'Read records {"id", "text"}, one a line, from stdin or the files, and write a line for each',
+      },
+      ...RUN,
+      {
+        flags: "-n, --max-tokens <list>",
+        description: "Cut documents to n tokens; with several, such as 512,2k,8k, classify each by each",
+        convert: lengths,
+      },
+      {
+        flags: "--labels <list>",
+        description: "Choose among these texts, such as politics,sports (default: the checkpoint's classes)",
+        convert: names,
+      },
+      {
+        flags: "--template <text>",
+        description: `With --labels: where {text} and {label} go (default: "${
+          DEFAULT_TEMPLATE.replaceAll("\n", "\\n")
+        }")`,
+        convert: (value) => value.replaceAll("\\n", "\n"),
+      },
+      {
+        flags: "--calibrate",
+        description: "With --labels: subtract how likely each label is without the document",
+      },
+      {
+        flags: "--pooling <how>",
+        description: "What the head reads: the last token, or the mean of all (default: last)",
+        convert: oneOf("last", "mean"),
+      },
+      {
+        flags: "--window <n>",
+        description:
+          "Average the head over windows of n tokens, each from position 0: a baseline for long contexts",
+        convert: tokens,
+      },
+      {
+        flags: "--expected <field>",
+        description:
+          "Field of the records with the true label: adds accuracy, macro-F1 and a confusion matrix",
+        convert: text,
+      },
+      {
+        flags: "--eval",
+        description: 'The same with the field "label", or for files with the folder that each lies in',
+      },
+      {
+        flags: "--out <path>",
+        description: "Write the lines to this file, which survives a crash",
+        convert: text,
+      },
+      { flags: "--resume", description: "With --out: go on behind the results that the file has" },
+      {
+        flags: "--shard <i/n>",
+        description: "Take every nth document, from the ith; auto or auto/n asks SLURM or Kubernetes for i",
+        convert: (value) => parseShard(value),
+      },
+      {
+        flags: "--batch <n>",
+        description: "Documents that share a pass at most, which changes no result (default: as many as fit)",
+        convert: integer(1),
+      },
+      {
+        flags: "--workers <n>",
+        description: "Threads that encode texts, 0 to 64 (default: by the number of cores)",
+        convert: number((n) => Number.isSafeInteger(n) && n >= 0 && n <= 64, "a whole number from 0 to 64"),
+      },
+    ],
+    examples: [
+      "longform classify chapter.txt --max-tokens 16k",
+      "longform classify books/ --labels adventure,romance,crime --calibrate -n 8k",
+      "longform classify --jsonl --out labels.jsonl --resume < documents.jsonl",
+      "longform classify books/ --eval --max-tokens 512,2k,8k,16k",
     ],
   },
   bench: {
@@ -677,7 +802,80 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     profile: get("--profile") !== 0,
     kernels: kernels(),
   };
+  if (name === "classify") return typedClassify(run, positionals, get);
   return name === "score" ? typedScore(run, positionals, get) : typedGenerate(run, positionals, get);
+}
+
+function typedClassify(
+  run: RunOptions,
+  files: readonly string[],
+  get: (flag: string) => unknown,
+): ClassifyOptions {
+  const optional = <T>(flag: string) => get(flag) as T | undefined;
+  const jsonl = get("--jsonl") !== 0;
+  const options: ClassifyOptions = {
+    ...run,
+    command: "classify",
+    files,
+    jsonl,
+    maxTokens: optional("--max-tokens"),
+    labels: optional("--labels"),
+    template: optional("--template"),
+    calibrate: get("--calibrate") !== 0,
+    pooling: optional<Pooling>("--pooling") ?? "last",
+    window: optional("--window"),
+    expected: optional("--expected") ?? (get("--eval") !== 0 ? "label" : undefined),
+    out: optional("--out"),
+    resume: get("--resume") !== 0,
+    shard: optional("--shard"),
+    batch: optional("--batch"),
+    workers: optional("--workers"),
+  };
+  const { ids, labels, sparsity } = options;
+  if (ids !== undefined && (files.length > 0 || jsonl)) {
+    throw new UsageError(`There are ${jsonl ? "`--jsonl`" : "files"} and \`--ids\`: give one or the other`);
+  }
+  if (jsonl && options.json && options.out === undefined) {
+    throw new UsageError(
+      "`--jsonl` prints a line for each record, and `--json` one document: give one of them",
+    );
+  }
+  if (optional("--expected") !== undefined && !jsonl) {
+    throw new UsageError("`--expected` names a field of records, which come with `--jsonl`", {
+      hint: "use `--eval` for files that lie in folders named after their labels",
+    });
+  }
+  if (ids !== undefined && options.expected !== undefined) {
+    throw new UsageError("`--ids` is one document without a label: leave `--eval` away");
+  }
+  if (ids !== undefined && options.shard !== undefined) {
+    throw new UsageError("`--ids` is one document, which cannot be divided: leave `--shard` away");
+  }
+  if (options.resume && options.out === undefined) {
+    throw new UsageError("`--resume` needs the file to go on with: add `--out`");
+  }
+  if (!labels && (options.template !== undefined || options.calibrate)) {
+    throw new UsageError(
+      `\`${
+        options.template === undefined ? "--calibrate" : "--template"
+      }\` is for labels that are texts: add \`--labels\``,
+    );
+  }
+  if (labels && (options.pooling === "mean" || options.window !== undefined)) {
+    const flag = options.window === undefined ? "--pooling" : "--window";
+    throw new UsageError(`\`${flag}\` is for the score head, and \`--labels\` does not use it`);
+  }
+  if (sparsity.kind === "topk") {
+    throw new UsageError("`--sparsity topk` chooses blocks while decoding, and `classify` does not decode", {
+      hint: `use ${PATTERN_GRAMMAR.replace(", topk:K", "")}`,
+    });
+  }
+  if (labels && sparsity.kind !== "dense") {
+    throw new UsageError(
+      "`--labels` reads all of a document: leave `--sparsity` away, or use the score head",
+    );
+  }
+  return options;
 }
 
 function typedBench(

@@ -101,11 +101,11 @@ export class ProgressLine {
 }
 
 /** `1,234 tokens/s`, or fewer digits for less. */
-export function formatRate(perSecond: number | null): string {
+export function formatRate(perSecond: number | null, unit = "tokens"): string {
   if (perSecond === null) return "-";
   return `${
     perSecond >= 100 ? Math.round(perSecond).toLocaleString("en-US") : perSecond.toFixed(1)
-  } tokens/s`;
+  } ${unit}/s`;
 }
 
 /** `prefill 4096 of 16384 tokens, 1,000 tokens/s, 12.3 s left`; without the end where the total is not known. */

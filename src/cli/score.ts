@@ -4,6 +4,7 @@ import process from "node:process";
 import type { Sparsity } from "../kvcache/sparsity.ts";
 import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { Positions } from "../model/positions.ts";
+import { chooseElem, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import {
   type ComparisonSum,
@@ -27,13 +28,11 @@ import {
   abortOnInterrupt,
   boundTokens,
   checkContext,
-  chooseElem,
   choosePositions,
   type LoadedModel,
   loadModel,
   modelFolder,
   openCommandDevice,
-  openSparsity,
 } from "./load.ts";
 import type { ScoreOptions } from "./options.ts";
 import {

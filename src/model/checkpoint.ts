@@ -24,8 +24,8 @@ export interface ResolvedCheckpoint {
   readonly tensors: ReadonlyMap<string, LoadableTensor>;
   /** The output head is `wte.weight`. */
   readonly tiedLmHead: boolean;
-  /** There is a `score.weight` `[classes, nEmbd]`, for classification. */
-  readonly hasScoreHead: boolean;
+  /** Rows of `score.weight` `[classes, nEmbd]`, the head for classification; undefined where there is none. */
+  readonly classes: number | undefined;
   /** Names of tensors that GPT-2 does not use, attention mask buffers aside. */
   readonly ignored: readonly string[];
   /** Elements of all tensors in `tensors`. */
@@ -103,7 +103,7 @@ export function checkCheckpoint(source: WeightSource, config: GPT2Config): Check
   return {
     tensors,
     tiedLmHead: config.tieWordEmbeddings,
-    hasScoreHead: tensors.has("score.weight"),
+    classes: tensors.get("score.weight")?.shape[0],
     ignored: unusedTensors(found, config),
     parameters: [...tensors.values()].reduce((sum, info) => sum + elementCount(info.shape), 0),
     problems,

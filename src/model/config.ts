@@ -29,9 +29,17 @@ export interface GPT2Config {
   readonly bosTokenId: number | undefined;
   /** Ids outside the vocabulary are dropped: they can never be sampled. */
   readonly eosTokenId: readonly number[];
+  /** What pads a batch, which `GPT2ForSequenceClassification` skips at the end of a text; undefined where there is none. */
+  readonly padTokenId: number | undefined;
   /** Names of a classification head's outputs, in order; empty where the file has none. */
   readonly id2label: readonly string[];
+  /** What a classification head was trained for; undefined where the file does not say. */
+  readonly problemType: ProblemType | undefined;
 }
+
+const PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"] as const;
+/** Hugging Face's names. */
+export type ProblemType = typeof PROBLEM_TYPES[number];
 
 /** What must be said to describe a GPT-2; the rest has a default. */
 export interface GPT2Sizes {
@@ -138,7 +146,11 @@ export function parseConfig(json: unknown, where: string): GPT2Config {
     tieWordEmbeddings: readFlag(json, "tie_word_embeddings", true, where),
     bosTokenId: readTokenIds(json, "bos_token_id", vocabSize, where)[0],
     eosTokenId: readTokenIds(json, "eos_token_id", vocabSize, where),
+    padTokenId: isAbsent(json["pad_token_id"])
+      ? undefined
+      : readTokenIds(json, "pad_token_id", vocabSize, where)[0],
     id2label: readLabels(json, where),
+    problemType: readProblemType(json, where),
   };
   // In bytes of f32; beyond 2^53 sizes could no longer be computed exactly.
   if (parameterCount(config) * 4 > Number.MAX_SAFE_INTEGER) {
@@ -165,6 +177,8 @@ export function configToJson(config: GPT2Config): JsonObject {
     tie_word_embeddings: config.tieWordEmbeddings,
     bos_token_id: config.bosTokenId ?? null,
     eos_token_id: config.eosTokenId.length > 1 ? config.eosTokenId : config.eosTokenId[0] ?? null,
+    ...(config.padTokenId !== undefined && { pad_token_id: config.padTokenId }),
+    ...(config.problemType && { problem_type: config.problemType }),
     ...(config.id2label.length > 0 && {
       id2label: Object.fromEntries(config.id2label.map((label, id) => [id, label])),
       label2id: Object.fromEntries(config.id2label.map((label, id) => [label, id])),
@@ -253,6 +267,17 @@ function readTokenIds(json: JsonObject, key: string, vocabSize: number, where: s
     if (typeof id === "number" && Number.isInteger(id)) return id;
     throw new ModelError(`${where} has ${key} ${show(value)}, wanted a token id`, { hint: CORRECT_IT });
   }).filter((id) => id >= 0 && id < vocabSize);
+}
+
+function readProblemType(json: JsonObject, where: string): ProblemType | undefined {
+  const value = json["problem_type"];
+  if (isAbsent(value)) return undefined;
+  const known = PROBLEM_TYPES.find((type) => type === value);
+  if (known) return known;
+  throw new ModelError(
+    `${where} has problem_type ${show(value)}, wanted one of ${PROBLEM_TYPES.join(", ")}`,
+    { hint: CORRECT_IT },
+  );
 }
 
 function readLabels(json: JsonObject, where: string): readonly string[] {

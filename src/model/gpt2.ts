@@ -10,6 +10,7 @@ import {
   type ForcedKernels,
   headRoles,
   ModelKernels,
+  PACK_HEAD_ROLES,
   prefillRoles,
   type Role,
 } from "../kernels/index.ts";
@@ -24,17 +25,20 @@ import { createParameters, type Elem } from "../runtime/kernel.ts";
 import { type Dispatcher, DispatchList, Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
+import { Classifier, type ClassifyingBuffers } from "./classifier.ts";
 import type { GPT2Config } from "./config.ts";
 import { Decoder, type DecoderOptions, type DecodingBuffers, drawRoles, packPositions } from "./decoder.ts";
 import {
   type ActivationName,
   checkFits,
+  type ClassifyingPlan,
   type ComparisonName,
   contextHint,
   decodeParametersBytes,
   type DecodingPlan,
   kernelShape,
   type MemoryPlan,
+  packResultBytes,
   paddedSizes,
   planMemory,
   type PlannedBuffer,
@@ -61,6 +65,8 @@ export interface Gpt2Options {
   readonly comparing?: boolean;
   /** Also allocate what `decoder` and `decodeStep` need. */
   readonly decoding?: DecodingPlan | undefined;
+  /** Also load and allocate what `classifier` needs. */
+  readonly classifying?: ClassifyingPlan | undefined;
   /** What will probably run, to be compiled while the weights load; the rest is compiled when it is first wanted. */
   readonly expected?: {
     /** Tokens of the prompt; undefined for one of more than a chunk. */
@@ -115,6 +121,7 @@ interface Parts {
   readonly activations: Activations;
   readonly comparison: Comparison | undefined;
   readonly decoding: DecodingParts | undefined;
+  readonly classifying: ClassifyingParts | undefined;
   readonly logitsReadback: Readback;
   /** With `scoring`, of two chunks' likelihoods. */
   readonly nllReadbacks: readonly Readback[];
@@ -130,6 +137,14 @@ interface DecodingParts {
   /** Of the kernels of a step. */
   readonly parameters: GpuBuffer;
   /** One for each submission in flight. */
+  readonly readbacks: readonly Readback[];
+}
+
+/** What classification needs besides the activations. */
+interface ClassifyingParts {
+  readonly plan: ClassifyingPlan;
+  readonly buffers: ClassifyingBuffers;
+  /** One for each pack in flight. */
   readonly readbacks: readonly Readback[];
 }
 
@@ -151,12 +166,13 @@ export class Gpt2 {
   readonly #divergenceReadbacks: readonly Readback[];
   readonly #comparison: Comparison | undefined;
   readonly #decoding: DecodingParts | undefined;
+  readonly #classifying: ClassifyingParts | undefined;
   readonly #profiler: Profiler | undefined;
   /** A step of decoding, made when it is first wanted. */
   #decodeList: DispatchList | undefined;
 
   private constructor(gpu: Gpu, config: GPT2Config, options: Gpt2Options, parts: Parts) {
-    const { plan, kernels, cache, activations, comparison, decoding, weights } = parts;
+    const { plan, kernels, cache, activations, comparison, decoding, classifying, weights } = parts;
     this.config = config;
     this.elem = options.elem;
     this.#gpu = gpu;
@@ -168,6 +184,7 @@ export class Gpt2 {
     this.#activations = activations;
     this.#comparison = comparison;
     this.#decoding = decoding;
+    this.#classifying = classifying;
     this.#weights = weights;
     this.#logitsReadback = parts.logitsReadback;
     this.#nllReadbacks = parts.nllReadbacks;
@@ -215,6 +232,7 @@ export class Gpt2 {
       const activations = await allocateAll(plan.activations);
       const comparison = plan.comparison && await allocateAll(plan.comparison);
       const decodingBuffers = plan.decoding && await allocateAll(plan.decoding);
+      const classifyingBuffers = plan.classifying && await allocateAll(plan.classifying);
       const readbacks = (count: number, label: string, bytes: number) =>
         Array.from({ length: count }, () => {
           const made = new Readback(gpu, label, bytes);
@@ -249,7 +267,17 @@ export class Gpt2 {
         };
         owned.push(decodingParts.parameters);
       }
-      const weights = await loadWeights(gpu, source, checkpoint, config, elem, onLoad);
+      const { classifying } = options;
+      const classifyingParts = classifying && classifyingBuffers && {
+        plan: classifying,
+        buffers: classifyingBuffers,
+        readbacks: readbacks(classifying.inFlight, "a pack", packResultBytes(classifying)),
+      };
+      const classes = classifying?.classes;
+      const weights = await loadWeights(gpu, source, checkpoint, config, elem, {
+        classes,
+        onProgress: onLoad,
+      });
       owned.push(weights);
       await compiled;
       return new Gpt2(gpu, config, options, {
@@ -259,6 +287,7 @@ export class Gpt2 {
         activations,
         comparison,
         decoding: decodingParts,
+        classifying: classifyingParts,
         logitsReadback,
         nllReadbacks,
         divergenceReadbacks,
@@ -281,14 +310,18 @@ export class Gpt2 {
     return this.#cache.length;
   }
 
-  /** Tokens that this run was planned for. */
+  /** Tokens that a sequence of this run can have: those that it was planned for, as far as there are positions. */
   get context(): number {
-    return this.#plan.context;
+    return Math.min(this.#plan.context, positionLimit(this.#positions));
   }
 
   /** What was allocated, and why. */
   get plan(): MemoryPlan {
     return this.#plan;
+  }
+
+  get positions(): Positions {
+    return this.#positions;
   }
 
   /** What is attended to. */
@@ -422,13 +455,41 @@ export class Gpt2 {
     }, options);
   }
 
+  /** What runs packs of documents. Needs `classifying`. */
+  async classifier(): Promise<Classifier> {
+    const classifying = this.#classifying;
+    if (!classifying) throw new Error("Classifying needs a model that was loaded with `classifying`");
+    const kind = attentionKind(this.sparsity);
+    const isSparse = kind === "lists";
+    await this.#kernels.prepare(classifyingRoles(classifying.plan, this.#plan.chunkTokens, kind));
+    const { x, final, logits, targets, nll, tokens } = this.#activations;
+    const { ln_f, lm_head, score } = this.#weights;
+    return new Classifier({
+      ...classifying,
+      gpu: this.#gpu,
+      config: this.config,
+      memory: this.#plan,
+      kernels: this.#kernels,
+      cache: this.#cache,
+      profiler: this.#profiler,
+      isSparse,
+      activations: { x, final, logits, targets, nll, tokens },
+      weights: { ln_f, lm_head, score: score ?? [] },
+      packTokens: (packed, at, ids, first) => this.#packTokensAt(packed, at, ids, first),
+      recordLayers: (r, rows) =>
+        this.#recordLayers(r, rows, 0, isSparse ? {} : { segments: classifying.buffers.segments }),
+    });
+  }
+
   destroy(): void {
     this.#logitsReadback.destroy();
     for (const readback of [...this.#nllReadbacks, ...this.#divergenceReadbacks]) readback.destroy();
     for (const buffer of Object.values({ ...this.#activations, ...this.#comparison })) buffer.destroy();
-    for (const buffer of Object.values(this.#decoding?.buffers ?? {})) buffer.destroy();
+    for (const parts of [this.#decoding, this.#classifying]) {
+      for (const buffer of Object.values(parts?.buffers ?? {})) buffer.destroy();
+      for (const readback of parts?.readbacks ?? []) readback.destroy();
+    }
     this.#decoding?.parameters.destroy();
-    for (const readback of this.#decoding?.readbacks ?? []) readback.destroy();
     this.#cache.destroy();
     this.#weights.destroy();
   }
@@ -459,11 +520,16 @@ export class Gpt2 {
 
   #packTokens(ids: ArrayLike<number>, first: number): DataView<ArrayBuffer> {
     const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * ids.length));
+    this.#packTokensAt(packed, 0, ids, first);
+    return packed;
+  }
+
+  /** Tokens as the embedding reads them, from the `at`th on; the first of them is at position `first`. */
+  #packTokensAt(packed: DataView, at: number, ids: ArrayLike<number>, first: number): void {
     for (let t = 0; t < ids.length; t++) {
       this.#checkId(ids[t]!, first + t);
-      packToken(packed, t, ids[t]!, positionPlace(this.#positions, first + t));
+      packToken(packed, at + t, ids[t]!, positionPlace(this.#positions, first + t));
     }
-    return packed;
   }
 
   #checkId(id: number, position: number): void {
@@ -476,7 +542,7 @@ export class Gpt2 {
   #recordDense(r: Recorder, tokens: number): void {
     const { otherX } = this.#requireComparison();
     const { x } = this.#activations;
-    this.#recordLayers(r, tokens, DENSE_SEQUENCE, true);
+    this.#recordLayers(r, tokens, DENSE_SEQUENCE, { isDense: true });
     r.copy(x, 0, otherX, 0, 4 * tokens * paddedSizes(this.config).width);
   }
 
@@ -485,8 +551,16 @@ export class Gpt2 {
     return this.#comparison;
   }
 
-  /** The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`. */
-  #recordLayers(r: Recorder, tokens: number, sequence: number, isDense = false): void {
+  /**
+   * The transformer: `tokens` uploaded ones become keys and values in the cache and the last residual stream in `x`.
+   * @param attention all keys before a token although the run is sparse, or those of its segment; the run's when left out
+   */
+  #recordLayers(
+    r: Recorder,
+    tokens: number,
+    sequence: number,
+    { isDense = false, segments }: { isDense?: boolean; segments?: GpuBuffer } = {},
+  ): void {
     const { x, normed, qkv, attended, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
     const kernels = this.#kernels;
@@ -497,7 +571,7 @@ export class Gpt2 {
     r.tap("embedding", x);
     for (const [i, block] of blocks.entries()) {
       const cached = this.#cache.layer(i, sequence);
-      const kv = isDense ? { ...cached, lists: undefined } : cached;
+      const kv = isDense || segments ? { ...cached, lists: undefined, segments } : cached;
       kernels.layerNorm(r, x, block.ln_1, normed, tokens);
       kernels.matmul(r, normed, block.c_attn, qkv, tokens, "bias");
       kernels.appendKv(r, qkv, kv, { tokens, firstPosition });
@@ -638,20 +712,30 @@ function attentionKind(sparsity: Sparsity): AttentionKind {
 
 /** What a run is likely to need first. */
 function expectedRoles(
-  { expected = {}, scoring, comparing, decoding, sparsity = DENSE }: Gpt2Options,
+  { expected = {}, scoring, comparing, decoding, classifying, sparsity = DENSE }: Gpt2Options,
   plan: MemoryPlan,
 ): Role[] {
   const { promptTokens = plan.chunkTokens, drawing } = expected;
   const { chunkTokens, logitRows } = plan;
   const chunks = [Math.min(promptTokens, chunkTokens), promptTokens % chunkTokens].filter((rows) => rows > 0);
   const kind = attentionKind(sparsity);
+  const isClassifying = classifying && !scoring && !decoding;
   return [
-    ...prefillRoles(chunks, kind),
-    ...headRoles(1),
+    ...(isClassifying ? [] : [...prefillRoles(chunks, kind), ...headRoles(1)]),
+    ...(classifying ? classifyingRoles(classifying, chunkTokens, kind) : []),
     ...(scoring ? [...headRoles(logitRows), "nll" as const] : []),
     ...(comparing ? [...prefillRoles(chunks, "dense"), "divergence" as const] : []),
     ...(decoding ? decodeRoles(decoding.sequences, kind) : []),
     ...(drawing ? drawRoles(drawing) : []),
+  ];
+}
+
+/** What packs of documents run. */
+function classifyingRoles({ labelRows }: ClassifyingPlan, rows: number, kind: AttentionKind): Role[] {
+  return [
+    ...prefillRoles([rows], kind === "lists" ? kind : "packed"),
+    ...PACK_HEAD_ROLES,
+    ...(labelRows > 0 ? ["nll" as const] : []),
   ];
 }
 

@@ -7,6 +7,7 @@ import { DIVERGENCE_BYTES } from "../kernels/divergence/divergence.ts";
 import { ATTENTION_ROWS, takesMatrices } from "../kernels/flash_attention/flash_attention.ts";
 import type { KernelShape } from "../kernels/index.ts";
 import { logprobsBytes, PLACE_BYTES, RESULT_BYTES, seenBytes } from "../kernels/sampling/sampling.ts";
+import { SEGMENT_BYTES } from "../kernels/segment_sum/segment_sum.ts";
 import { KV_BLOCK, mostSplits, SEQUENCE_BYTES } from "../kernels/shared/shared.ts";
 import {
   kvBytesPerToken,
@@ -105,6 +106,24 @@ export interface DecodingPlan {
   readonly logprobs?: number | undefined;
 }
 
+/** What stands for a document: its last token's row, or the mean of all, behind the last layer norm. */
+export type Pooling = "last" | "mean";
+
+/** What a run that classifies documents asks for. */
+export interface ClassifyingPlan {
+  /** Rows of the score head; undefined to do without it. */
+  readonly classes: number | undefined;
+  readonly pooling: Pooling;
+  /** Rows at most that the score head is applied to for one pack of documents. */
+  readonly rows: number;
+  /** The same for the output head, where labels are texts whose likelihoods are wanted; 0 where they are not. */
+  readonly labelRows: number;
+  /** Beginnings of each document that are classified, for which a mean takes room. */
+  readonly lengths: number;
+  /** Packs that may be under way at a time. */
+  readonly inFlight: number;
+}
+
 export interface PlanOptions {
   /** Tokens of each sequence to hold keys and values for. */
   readonly context: number;
@@ -115,6 +134,8 @@ export interface PlanOptions {
   readonly chunkTokens?: number;
   /** Also room for generating; a run without it only reads. */
   readonly decoding?: DecodingPlan | undefined;
+  /** Also room for packs of documents; the context, which they share, is in whole blocks of the cache then. */
+  readonly classifying?: ClassifyingPlan | undefined;
   /** What is attended to; every key when left out. */
   readonly sparsity?: Sparsity;
   /** Also room for dense attention over the same tokens, to compare with; goes with `scoring`. */
@@ -142,6 +163,8 @@ export interface MemoryPlan {
   readonly decoding: Readonly<Record<DecodingName, PlannedBuffer>> | undefined;
   /** Undefined without `comparing`. */
   readonly comparison: Readonly<Record<ComparisonName, PlannedBuffer>> | undefined;
+  /** Undefined without `classifying`. */
+  readonly classifying: Readonly<Record<ClassifyingName, PlannedBuffer>> | undefined;
   /** Everything, the activations among it. */
   readonly buffers: readonly PlannedBuffer[];
   readonly bytes: Readonly<Record<Purpose, number>>;
@@ -167,6 +190,15 @@ export type ComparisonName =
   | "otherLogits" // [logitRows, vocab] f32, from there
   | "divergences"; // [chunk] Divergence
 
+export type ClassifyingName =
+  | "segments" // [chunk, 4] u32: what each row of a pack attends to
+  | "rowSegments" // [mostRowSegments] RowSegment: the rows that a head is applied to, and what a mean adds up
+  | "normedRows" // [chunk, width] f32, after ln_f, for a mean
+  | "pieces" // [mostPieces, width] f32: sums of at most KV_BLOCK rows each, for a mean
+  | "pooled" // [max(rows, labelRows), width] f32: rows of the residual stream
+  | "features" // [rows, width] f32: what a head is applied to
+  | "classLogits"; // [rows, classes] f32
+
 export type DecodingName =
   | "sequences" // [sequences] Sequence
   | "nextTokens" // [sequences, 3] u32, as tokens: what the next step runs
@@ -176,6 +208,9 @@ export type DecodingName =
   | "partialMl" // [sequences, mostSplits, heads, 2] f32
   | "results" // [STEPS_PER_SUBMISSION, sequences] Result: a submission copies its results before the next one runs
   | "logprobs"; // [STEPS_PER_SUBMISSION, sequences, 1 + logprobs, 2] u32
+
+/** Bytes of what one row of a pack attends to. */
+const PACK_SEGMENT_BYTES = 16;
 
 /** Bytes that a step leaves for the host, the result of each sequence and then its log-probabilities. */
 export function stepResultBytes(
@@ -209,7 +244,8 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
   const sequences = options.comparing ? COMPARED_SEQUENCES : options.decoding?.sequences;
   const kv = kvLayout(kvShape(config, elem), context, most, sequences, options.sparsity);
   const chunkTokens = chooseChunk(config, options, limits);
-  const logitRows = scoring ? chooseLogitRows(config, chunkTokens, most) : 1;
+  const isScored = scoring || (options.classifying?.labelRows ?? 0) > 0;
+  const logitRows = isScored ? chooseLogitRows(config, chunkTokens, most) : 1;
   const activations = planActivations(config, options, {
     chunkTokens,
     logitRows,
@@ -217,12 +253,15 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
   });
   const comparison = options.comparing ? planComparison(config, { chunkTokens, logitRows }) : undefined;
   const decoding = options.decoding && planDecoding(config, options, options.decoding);
+  const classifying = options.classifying &&
+    planClassifying(config, options.classifying, { context, chunkTokens });
   const buffers = [
     ...planWeights(config, options, most),
     ...planCache(kv),
     ...Object.values(activations),
     ...Object.values(comparison ?? {}),
     ...Object.values(decoding ?? {}),
+    ...Object.values(classifying ?? {}),
     ...planStaging(config, options, chunkTokens),
   ];
   const bytes: Record<Purpose, number> = { weights: 0, kv: 0, activations: 0, staging: 0 };
@@ -236,6 +275,7 @@ export function planMemory(config: GPT2Config, options: PlanOptions, limits: Mem
     activations,
     decoding,
     comparison,
+    classifying,
     buffers,
     bytes,
     totalBytes: bytes.weights + bytes.kv + bytes.activations + bytes.staging,
@@ -287,7 +327,7 @@ function queryRows(
 
 function planActivations(
   config: GPT2Config,
-  { elem, scoring = false, decoding }: PlanOptions,
+  { elem, scoring = false, decoding, classifying }: PlanOptions,
   { chunkTokens, logitRows, queryRows }: { chunkTokens: number; logitRows: number; queryRows: number },
 ): Readonly<Record<ActivationName, PlannedBuffer>> {
   const { width, headsWidth, inner } = paddedSizes(config);
@@ -295,7 +335,7 @@ function planActivations(
   const rows = Math.max(chunkTokens, sequences);
   const headRows = Math.max(logitRows, sequences);
   const stored = sizeOf(elem);
-  const scored = scoring ? chunkTokens : 1;
+  const scored = Math.max(scoring ? chunkTokens : 1, classifying?.labelRows ?? 0);
   const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
   return {
     tokens: buffer("tokens", TOKEN_BYTES * chunkTokens),
@@ -321,6 +361,40 @@ function planComparison(
     otherLogits: buffer("logits of dense attention", 4 * logitRows * config.vocabSize),
     divergences: buffer("divergences", DIVERGENCE_BYTES * chunkTokens),
   };
+}
+
+/** Sums that the means of a pack are made of, at most: those of whole blocks, and the rest of each document's beginnings. */
+function mostPieces(
+  { pooling, rows, lengths }: ClassifyingPlan,
+  { context, chunkTokens }: { context: number; chunkTokens: number },
+): number {
+  return pooling === "mean" ? lengths * Math.ceil(Math.max(context, chunkTokens) / KV_BLOCK) + rows : 0;
+}
+
+function planClassifying(
+  config: GPT2Config,
+  plan: ClassifyingPlan,
+  sizes: { context: number; chunkTokens: number },
+): Readonly<Record<ClassifyingName, PlannedBuffer>> {
+  const { classes = 0, pooling, rows, labelRows } = plan;
+  const pooled = Math.max(rows, labelRows);
+  const rowBytes = 4 * paddedSizes(config).width;
+  const pieces = mostPieces(plan, sizes);
+  const buffer = (label: string, bytes: number) => planned(label, "activations", bytes);
+  return {
+    segments: buffer("segments of a pack", PACK_SEGMENT_BYTES * sizes.chunkTokens),
+    rowSegments: buffer("rows of interest", SEGMENT_BYTES * (pooled + pieces)),
+    normedRows: buffer("layer norm of a pack", pooling === "mean" ? rowBytes * sizes.chunkTokens : 0),
+    pieces: buffer("sums of rows", rowBytes * pieces),
+    pooled: buffer("pooled rows", rowBytes * pooled),
+    features: buffer("features", rowBytes * rows),
+    classLogits: buffer("logits of classes", 4 * rows * classes),
+  };
+}
+
+/** Bytes that come back of a pack: a logit for each class of each row, or a likelihood for each row. */
+export function packResultBytes({ classes = 0, rows, labelRows }: ClassifyingPlan): number {
+  return 4 * Math.max(rows * classes, labelRows);
 }
 
 function planDecoding(
@@ -357,7 +431,7 @@ function planCache(kv: KvLayout): PlannedBuffer[] {
 
 function planStaging(
   config: GPT2Config,
-  { scoring = false, comparing = false, sparsity, decoding }: PlanOptions,
+  { scoring = false, comparing = false, sparsity, decoding, classifying }: PlanOptions,
   chunkTokens: number,
 ): PlannedBuffer[] {
   const { vocabSize } = config;
@@ -372,11 +446,18 @@ function planStaging(
     ...(scoring ? [nll, nll] : []),
     ...(comparing ? [divergences, divergences] : []),
     ...new Array<PlannedBuffer>(decoding?.inFlight ?? 0).fill(results),
+    ...new Array<PlannedBuffer>(classifying?.inFlight ?? 0).fill(
+      planned("readback of a pack", "staging", classifying ? packResultBytes(classifying) : 0),
+    ),
     ...(decoding ? [planned("parameters", "staging", decodeParametersBytes(config, sparsity))] : []),
   ];
 }
 
-function planWeights(config: GPT2Config, { elem, untiedHead = false }: PlanOptions, most: number) {
+function planWeights(
+  config: GPT2Config,
+  { elem, untiedHead = false, classifying }: PlanOptions,
+  most: number,
+) {
   const { width, headsWidth, inner } = paddedSizes(config);
   const buffers: PlannedBuffer[] = [];
   const table = (name: string, rows: number) => {
@@ -405,6 +486,7 @@ function planWeights(config: GPT2Config, { elem, untiedHead = false }: PlanOptio
   }
   norm("ln_f");
   if (untiedHead) table("lm_head.weight", config.vocabSize);
+  if (classifying?.classes !== undefined) table("score.weight", classifying.classes);
   return buffers;
 }
 

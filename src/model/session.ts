@@ -91,7 +91,14 @@ export interface TransferOptions {
  * differ. Sharding does not matter; the type that the weights are stored in does.
  */
 export async function fingerprint(source: WeightSource, config: GPT2Config): Promise<string> {
-  const { bosTokenId: _bos, eosTokenId: _eos, id2label: _labels, ...computed } = config;
+  const {
+    bosTokenId: _bos,
+    eosTokenId: _eos,
+    padTokenId: _pad,
+    id2label: _labels,
+    problemType: _type,
+    ...computed
+  } = config;
   const hash = createHash("sha256");
   hash.update(JSON.stringify(Object.entries(computed).toSorted(([a], [b]) => a < b ? -1 : 1)));
   for (const name of [...source.tensors.keys()].toSorted()) {

@@ -34,6 +34,8 @@ export interface Gpt2Weights {
   readonly ln_f: Norm;
   /** `wte` itself when the head is tied. */
   readonly lm_head: readonly RowPiece[];
+  /** `[classes, nEmbd]`, where it was asked for. */
+  readonly score: readonly RowPiece[] | undefined;
   destroy(): void;
 }
 
@@ -56,7 +58,7 @@ function storedIndex({ size, padded }: Axis, i: number): number {
 export type LoadProgress = (loadedBytes: number, totalBytes: number) => void;
 
 /**
- * Loads every tensor of the checkpoint onto the GPU.
+ * Loads every tensor of the checkpoint onto the GPU, the score head only if it has `classes`.
  * @throws ModelError when a value is NaN, infinite, or finite but too large for f16
  */
 export async function loadWeights(
@@ -65,9 +67,14 @@ export async function loadWeights(
   checkpoint: ResolvedCheckpoint,
   config: GPT2Config,
   elem: Elem,
-  onProgress: LoadProgress = () => {},
+  { classes, onProgress = () => {} }: {
+    classes?: number | undefined;
+    onProgress?: LoadProgress | undefined;
+  } = {},
 ): Promise<Gpt2Weights> {
-  const loader = new Loader(gpu, await UploadRing.create(gpu), source, checkpoint, onProgress);
+  const names = new Set(checkpoint.tensors.keys());
+  if (classes === undefined) names.delete("score.weight");
+  const loader = new Loader(gpu, await UploadRing.create(gpu), source, checkpoint, names, onProgress);
   const { nEmbd, nHead, headDim, nInner, layerNormEpsilon, nLayer, vocabSize, nPositions } = config;
   const padded = paddedSizes(config);
   const width = axis(nEmbd, padded.width);
@@ -105,9 +112,12 @@ export async function loadWeights(
     const lm_head = checkpoint.tiedLmHead
       ? wte
       : await loader.table("lm_head.weight", vocabSize, width, elem);
+    const score = classes === undefined
+      ? undefined
+      : await loader.table("score.weight", classes, width, elem);
     loader.finish();
     await gpu.idle();
-    return { wte, wpe, blocks, ln_f, lm_head, destroy: () => loader.destroy() };
+    return { wte, wpe, blocks, ln_f, lm_head, score, destroy: () => loader.destroy() };
   } catch (error) {
     loader.destroy();
     throw error;
@@ -132,6 +142,7 @@ class Loader {
     uploads: UploadRing,
     source: WeightSource,
     checkpoint: ResolvedCheckpoint,
+    names: ReadonlySet<string>,
     onProgress: LoadProgress,
   ) {
     this.#gpu = gpu;
@@ -139,7 +150,7 @@ class Loader {
     this.#source = source;
     this.#checkpoint = checkpoint;
     this.#onProgress = onProgress;
-    const used = [...checkpoint.tensors].filter(([name]) => name !== "score.weight");
+    const used = [...checkpoint.tensors].filter(([name]) => names.has(name));
     this.#totalBytes = used.reduce((sum, [, info]) => sum + info.byteLength, 0);
   }
 

@@ -18,6 +18,7 @@ const PROMPT_LOGIT_POSITIONS: Readonly<Record<number, readonly number[]>> = {
 };
 const SYNTHETIC_CASES = ["gpt2", "gpt2-medium", "gpt2-16k", "gpt2-64k"];
 const PERPLEXITY_TOKENS = 16384;
+const CLASSIFY_TOKENS = 16384;
 
 const referenceDir = process.argv[2];
 if (referenceDir === undefined) {
@@ -34,6 +35,7 @@ extractPrompt(1024);
 extractPrompt(4096);
 extractPrompt(16384);
 extractPerplexity();
+extractClassify();
 copyJson("greedy.json", (all) => ({ note: all.note, cases: all.cases.map(greedyFields) }));
 copyJson("synthetic.json", (all) => ({
   ...all,
@@ -79,6 +81,19 @@ function extractPerplexity(): void {
     join(goldenDir, "perplexity.safetensors"),
     writeSafetensors({}, Object.fromEntries(windows)),
   );
+}
+
+/** The logits as they are, and the first 16,384 tokens of each document, whose beginnings the others are of. */
+function extractClassify(): void {
+  copyJson("classify.json", ({ note, correct, cases }) => ({ note, correct, cases }));
+  const { cases } = JSON.parse(readFileSync(join(referenceDir!, "classify.json"), "utf8"));
+  const longest = (cases as Loose[]).filter(({ tokens }) => tokens === CLASSIFY_TOKENS);
+  const documents = longest.map(({ text, start_token, tokens }) => {
+    const data = tokensOf(text).slice(start_token, start_token + tokens);
+    if (data.length !== tokens) throw new Error(`${text} has no ${tokens} tokens from ${start_token} on`);
+    return [text, { shape: [data.length], data }] as const;
+  });
+  writeFileSync(join(goldenDir, "classify.safetensors"), writeSafetensors({}, Object.fromEntries(documents)));
 }
 
 /** The tokens of a whole book, without anything added. */

@@ -10,7 +10,7 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 root = pathlib.Path(__file__).parent
 model = GPT2LMHeadModel.from_pretrained(root / "../../weights/classics-16k", dtype=torch.float16, attn_implementation="eager")
@@ -56,5 +56,18 @@ for tokens in (1024, 4096, 16384):
         "nll": diff(nll, golden["nll"]),
         "meanNllRelative": abs(nll.double().mean() / golden["nll"].double().mean() - 1).item(),
     }
+classes = json.loads((root / "classify.json").read_text())
+documents = load_file(root / "classify.safetensors")
+classifier = GPT2ForSequenceClassification.from_pretrained(
+    root / "../../weights/classics-16k", dtype=torch.float16, attn_implementation="eager")
+classifier = classifier.cuda().eval()
+result["classify"] = {}
+for case in classes["cases"]:
+    ids = documents[case["text"]][:case["tokens"]].long()[None].cuda()
+    with torch.no_grad():
+        logits = classifier(ids, use_cache=False).logits[0]
+    key = str(case["tokens"])
+    error = diff(logits, torch.tensor(case["logits"]))
+    result["classify"][key] = max(result["classify"].get(key, 0.0), error)
 (root / "half_precision.json").write_text(json.dumps(result, indent=1) + "\n")
 print(json.dumps(result))

@@ -50,7 +50,7 @@ describe("resolveCheckpoint", () => {
           expect(decodeElements(bytes, info.dtype)).toEqual(values.get(name)!);
         }
         const parameters = parameterCount(config);
-        expect(rest).toEqual({ tiedLmHead: true, hasScoreHead: false, ignored: [], parameters });
+        expect(rest).toEqual({ tiedLmHead: true, classes: undefined, ignored: [], parameters });
         await source.close();
       });
     }
@@ -83,7 +83,7 @@ describe("resolveCheckpoint", () => {
 
   test("a classification head is found, and must have a row for every label", async () => {
     const { checkpoint } = await resolved({ classes: 3 });
-    expect(checkpoint.hasScoreHead).toBe(true);
+    expect(checkpoint.classes).toBe(3);
     expect(checkpoint.tensors.get("score.weight")!.shape).toEqual([3, 8]);
     const [problem] = await problems({ classes: 3, config: { id2label: ["only", "two"] } });
     expect(problem!.message).toMatch(/"score\.weight".* has shape \[3, 8\], config\.json wants \[2, 8\]/);

@@ -45,7 +45,9 @@ describe("parseConfig", () => {
       tieWordEmbeddings: true,
       bosTokenId: undefined, // 50256 is not in this vocabulary
       eosTokenId: [],
+      padTokenId: undefined,
       id2label: [],
+      problemType: undefined,
     });
   });
 
@@ -106,6 +108,8 @@ describe("parseConfig", () => {
     ["a flag that is no boolean", { ...MINIMAL, tie_word_embeddings: "yes" }, `tie_word_embeddings "yes"`],
     ["a token id that is no number", { ...MINIMAL, eos_token_id: ["x"] }, "eos_token_id"],
     ["labels with a gap", { ...MINIMAL, id2label: { "0": "a", "2": "c" } }, "class 1"],
+    ["a problem that there is not", { ...MINIMAL, problem_type: "ranking" }, "ranking"],
+    ["a padding token that is none", { ...MINIMAL, pad_token_id: "x" }, "pad_token_id"],
     ["labels in a list", { ...MINIMAL, id2label: ["a"] }, "id2label"],
   ];
   for (const [what, json, mention] of cases) {
@@ -136,6 +140,8 @@ describe("configs", () => {
       scaleAttnByInverseLayerIdx: true,
       eosTokenId: [1, 2],
       id2label: ["x", "y"],
+      padTokenId: 3,
+      problemType: "multi_label_classification" as const,
     };
     expect(parseConfig(JSON.parse(JSON.stringify(configToJson(config))), "x")).toEqual(config);
   });

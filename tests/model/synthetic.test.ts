@@ -55,7 +55,7 @@ describe("synthetic checkpoints", () => {
     const resolved = resolveCheckpoint(syntheticSource(config), config);
     expect(resolved).toMatchObject({
       tiedLmHead: true,
-      hasScoreHead: false,
+      classes: undefined,
       ignored: [],
       parameters: 124_439_808,
     });

@@ -13,6 +13,7 @@ import { perplexity, scoreDocument, totalScore } from "../../src/model/scoring.t
 import { tokensOf } from "../../src/model/token_source.ts";
 import type { WeightSource } from "../../src/model/weight_source.ts";
 import { Gpt2, type Gpt2Options } from "../../src/model/gpt2.ts";
+import type { ClassifyingPlan } from "../../src/model/memory_plan.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
 import { syntheticPrompt, syntheticSource } from "../../src/model/synthetic.ts";
 import { fmix32 } from "../../src/runtime/fmix32.ts";
@@ -21,6 +22,9 @@ import { Readback } from "../../src/runtime/buffers.ts";
 import type { Elem } from "../../src/runtime/kernel.ts";
 import type { Tap } from "../../src/runtime/pass.ts";
 import {
+  type ClassifiedLength,
+  classifyDrift,
+  loadClassify,
   loadGreedy,
   loadPerplexity,
   loadPrompt,
@@ -50,6 +54,7 @@ interface HalfPrecisionDrift {
     readonly logits: number;
   };
   readonly prompt: Readonly<Record<`${RecordedLength}`, { readonly logits: number; readonly nll: number }>>;
+  readonly classify: Readonly<Record<`${ClassifiedLength}`, number>>;
 }
 
 function loadHalfPrecisionDrift(): HalfPrecisionDrift {
@@ -208,6 +213,62 @@ export async function promptAccuracy(gpu: Gpu, elem: Elem, tokens: RecordedLengt
       },
     ];
   }, { scoring: true });
+}
+
+/** Room for 32 documents of several lengths in a pack, and for a few labels as texts. */
+export const CLASSIFYING: ClassifyingPlan = {
+  classes: 25,
+  pooling: "last",
+  rows: 128,
+  labelRows: 512,
+  lengths: 4,
+  inFlight: 2,
+};
+
+/** How many of the documents a length of them is classified right by, here and by the recorded logits. */
+export interface ClassifyAccuracy {
+  readonly tokens: ClassifiedLength;
+  readonly right: number;
+  readonly recorded: number;
+  readonly documents: number;
+}
+
+/** Classification logits of documents at several lengths, each document run once, and how many labels are right. */
+export async function classifyAccuracy(
+  gpu: Gpu,
+  elem: Elem,
+  lengths: readonly ClassifiedLength[],
+  most = Infinity,
+): Promise<{ rows: AccuracyRow[]; right: ClassifyAccuracy[] }> {
+  const documents = loadClassify().slice(0, most);
+  const drift = loadHalfPrecisionDrift().classify;
+  const longest = lengths.at(-1)!;
+  return await withClassics(gpu, elem, longest, async (model) => {
+    const classifier = await model.classifier();
+    const got: Float32Array[][] = [];
+    for (const { inputIds } of documents) {
+      const ids = Uint32Array.from(inputIds.subarray(0, longest));
+      got.push(await (await classifier.classify([{ ids, lengths }])).result);
+    }
+    const largestIn = (row: ArrayLike<number>) => Array.from(row).indexOf(largest(Array.from(row)));
+    const rows = lengths.map((tokens, i) => ({
+      what: `${tokens} tokens, classification logits of ${documents.length} documents`,
+      error: largest(documents.map(({ logits }, d) => maxAbsDifference(got[d]![i]!, logits[tokens]))),
+      bound: boundOf(
+        elem,
+        classifyDrift(tokens),
+        drift[`${tokens}`],
+        largest(documents.map(({ logits }) => magnitude(logits[tokens]))),
+      ),
+    }));
+    const right = lengths.map((tokens, i) => ({
+      tokens,
+      right: documents.filter(({ label }, d) => largestIn(got[d]![i]!) === label).length,
+      recorded: documents.filter(({ label, logits }) => largestIn(logits[tokens]) === label).length,
+      documents: documents.length,
+    }));
+    return { rows, right };
+  }, { decoding: undefined, classifying: CLASSIFYING });
 }
 
 /** Largest relative difference to a recorded perplexity. */

@@ -75,6 +75,20 @@ export interface GreedyGolden {
   readonly gap: readonly number[];
 }
 
+/** Lengths that classification is recorded for. */
+export type ClassifiedLength = 512 | 2048 | 8192 | 16384;
+
+/** A document and its logits by `GPT2ForSequenceClassification`. */
+export interface ClassifyGolden {
+  readonly text: string;
+  /** Its first 16,384 tokens. */
+  readonly inputIds: Int32Array;
+  /** The true class. */
+  readonly label: number;
+  /** After so many tokens of it, `[25]`. */
+  readonly logits: Readonly<Record<ClassifiedLength, readonly number[]>>;
+}
+
 export interface TokenizerGolden {
   readonly text: string;
   readonly ids: readonly number[];
@@ -190,6 +204,29 @@ export function loadPerplexity(): PerplexityGolden {
       sumNll,
     })),
   };
+}
+
+/** Ten documents. */
+export function loadClassify(): ClassifyGolden[] {
+  const { cases } = readJson("classify.json") as {
+    cases: { text: string; tokens: ClassifiedLength; label: number; logits: number[] }[];
+  };
+  const { tensors } = readTensors("classify.safetensors");
+  return Object.entries(tensors).map(([text, { data }]) => {
+    const own = cases.filter((one) => one.text === text);
+    const logits = Object.fromEntries(own.map(({ tokens, logits }) => [tokens, logits]));
+    return {
+      text,
+      inputIds: data as Int32Array,
+      label: own[0]!.label,
+      logits: logits as unknown as ClassifyGolden["logits"],
+    };
+  });
+}
+
+/** How far the recorded logits of so many tokens are from float64, at most. */
+export function classifyDrift(tokens: ClassifiedLength): number {
+  return (readJson("classify_float64.json") as Record<ClassifiedLength, number>)[tokens];
 }
 
 /** Prompts of 16, 32, 64, 128, 512, 1024, 4096 and 16000 tokens, 64 steps each. */
