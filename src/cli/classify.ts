@@ -374,6 +374,7 @@ class ClassifyRun {
     const { json, quiet, out, jsonl, expected, profile } = this.#options;
     this.#progress.clear();
     const report = this.#report(longform);
+    this.#array?.endEvenIfEmpty();
     if (json && out !== undefined) writeJson(report);
     else if (json && expected !== undefined) {
       writeJson({ results: this.#reports, evaluations: report.evaluations });
@@ -452,7 +453,7 @@ function formatReport(report: DocumentReport): string {
 
 function formatRun({ documents, skipped, tokens, ms, gpu_busy, memory, ...rates }: RunReport): string {
   if (documents === 0) return `nothing left to do: ${counted(skipped, "result")} there already`;
-  const before = skipped > 0 ? `${skipped} were there already; ` : "";
+  const before = skipped > 0 ? `${counted(skipped, "result")} there already; ` : "";
   const busy = gpu_busy === null ? "" : `, GPU at work ${(100 * gpu_busy).toFixed(0)} % of the time`;
   return `${before}${counted(documents, "document")}, ${tokens.toLocaleString("en-US")} tokens in ${
     formatMs(ms)
@@ -462,5 +463,5 @@ function formatRun({ documents, skipped, tokens, ms, gpu_busy, memory, ...rates 
 }
 
 function counted(count: number, noun: string): string {
-  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+  return `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
 }

@@ -3,8 +3,8 @@
  * are, and what is wrong with one does not end the others.
  */
 import { Buffer } from "node:buffer";
-import { constants, type Dirent, fstatSync } from "node:fs";
-import { access, open, readdir, stat } from "node:fs/promises";
+import { type Dirent, fstatSync } from "node:fs";
+import { open, readdir, stat } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import process from "node:process";
 import { setImmediate } from "node:timers/promises";
@@ -387,7 +387,8 @@ async function requireReadable(path: string): Promise<void> {
   try {
     const info = path === "-" ? fstatSync(0) : await stat(path);
     if (info.isDirectory()) throw Object.assign(new Error("it is a folder"), { code: "EISDIR" });
-    if (path !== "-") await access(path, constants.R_OK);
+    // Not `access`, which on Deno needs permission to know the user. A named pipe would wait for its writer.
+    if (path !== "-" && info.isFile()) await (await open(path)).close();
   } catch (error) {
     throw cannotRead(path, error, codeOf(error) === "EISDIR" ? "name the files in it" : "check the path");
   }

@@ -3,7 +3,7 @@
  * as texts behind the document (zero-shot, Brown et al. 2020). Documents are encoded ahead, packed, run and handed out in
  * their order, a bounded number of them at a time.
  */
-import { InputError } from "../runtime/errors.ts";
+import { InputError, UsageError } from "../runtime/errors.ts";
 import { type Classifier, labelBranchRows, type PackedDocument, type PendingPack } from "./classifier.ts";
 import type { ProblemType } from "./config.ts";
 import type { EncodedText } from "./encoding_pool.ts";
@@ -98,8 +98,8 @@ export interface ClassificationOptions {
 
 /** Text in documents that are encoded ahead, at most: one may have more. */
 const AHEAD_SIZE = 32 << 20;
-/** Documents whose results wait for those of earlier ones, at most. */
-const MOST_WAITING = 1024;
+/** Documents whose results wait for those of earlier ones, at most; more where more fill the packs under way. */
+const LEAST_WAITING = 1024;
 
 /**
  * Classifies documents in order. A result does not depend on other documents.
@@ -111,23 +111,34 @@ export async function* classifyDocuments<T>(
   documents: AsyncIterable<SourceDocument<T>>,
   options: ClassificationOptions,
 ): AsyncGenerator<Outcome<T>, void> {
+  const classifier = await model.classifier();
+  checkHead(model, classifier, head);
   const limits = lengthLimits(model, head, options);
-  const packs = new PackQueue(await model.classifier(), head, options);
+  const packs = new PackQueue(classifier, head, options);
+  const { rows, inFlight } = classifier.plan;
+  const mostWaiting = Math.max(LEAST_WAITING, (inFlight + 1) * rows);
   const ahead = new EncodingAhead(documents, limits.most, options);
   const waiting = new OutcomeQueue<T>();
   const abortion = abortionOf(options.signal);
+  let failure: { readonly error: unknown } | undefined;
   try {
     for (;;) {
       yield* waiting.settled();
       options.signal?.throwIfAborted();
+      const isFull = waiting.length >= mostWaiting;
       // With nothing under way a pack need not be full; with too much waiting it must not.
-      if ((!ahead.isReady && packs.isIdle) || waiting.length > MOST_WAITING) await packs.flush();
-      if (!ahead.isReady) {
-        const news = [ahead.ready(), ...(waiting.length > 0 ? [waiting.first()] : [])];
+      if (isFull || (!ahead.isReady && packs.isIdle)) await packs.flush();
+      if (isFull || !ahead.isReady) {
+        const news = [...(isFull ? [] : [ahead.ready()]), ...(waiting.length > 0 ? [waiting.first()] : [])];
         await Promise.race([...news, abortion.promise]);
         continue;
       }
-      const next = await ahead.next();
+      let next: Encoded<T> | undefined;
+      try {
+        next = await ahead.next();
+      } catch (error) {
+        failure = { error }; // thrown behind the outcomes of what came before
+      }
       if (!next) break;
       const { document, encoded } = next;
       if (encoded instanceof InputError) {
@@ -152,6 +163,7 @@ export async function* classifyDocuments<T>(
       await Promise.race([waiting.first(), abortion.promise]);
       yield* waiting.settled();
     }
+    if (failure) throw failure.error;
   } finally {
     abortion.forget();
     ahead.close();
@@ -168,16 +180,42 @@ function abortionOf(signal: AbortSignal | undefined): { promise: Promise<never>;
   return { promise, forget: () => signal?.removeEventListener("abort", abort) };
 }
 
+/** Tokens that template and label take, and how many that leaves to a document by the positions and in the cache. */
+function roomOf(model: Gpt2, head: Head): { overhead: number; positions: number; cached: number } {
+  const limit = positionLimit(model.positions);
+  const { context } = model.plan;
+  if (head.kind === "score") return { overhead: 0, positions: limit, cached: context };
+  const template = head.before.length + head.between.length;
+  const overhead = template + Math.max(...head.texts.map((ids) => ids.length - 1));
+  const cached = context - labelBranchRows(head.texts) - template;
+  return { overhead, positions: limit - overhead, cached };
+}
+
+/** @throws InputError where labels, or they and their template, leave no room for a document */
+export function checkHead(model: Gpt2, classifier: Classifier, head: Head): void {
+  if (head.kind === "score") return;
+  const tokens = head.texts.reduce((sum, ids) => sum + ids.length, 0);
+  const room = Math.min(classifier.plan.labelRows, classifier.packRows);
+  if (tokens > classifier.plan.labelRows || labelBranchRows(head.texts) > classifier.packRows) {
+    throw new InputError(`The labels have ${tokens} tokens together, there is room for ${room}`, {
+      hint: "give fewer labels, or shorter ones",
+    });
+  }
+  const { overhead, positions, cached } = roomOf(model, head);
+  if (Math.min(positions, cached) < 1) {
+    throw new InputError(
+      `The template and a label have ${overhead} tokens, which leaves none to a document`,
+      {
+        hint: "give a shorter template",
+      },
+    );
+  }
+}
+
 /** Tokens of a document that a run takes, and what is wrong with one that has too many. */
 function lengthLimits(model: Gpt2, head: Head, { lengths, window }: ClassificationOptions) {
-  const overhead = head.kind === "labels"
-    ? head.before.length + head.between.length + Math.max(...head.texts.map((ids) => ids.length - 1))
-    : 0;
-  const positions = positionLimit(model.positions) - overhead;
-  const { context } = model.plan;
-  const cached = head.kind === "labels"
-    ? context - labelBranchRows(head.texts) - head.before.length - head.between.length
-    : context;
+  const { vocabSize } = model.config;
+  const { overhead, positions, cached } = roomOf(model, head);
   const room = window === undefined ? Math.min(positions, cached) : Infinity;
   const most = lengths?.at(-1);
   const longest = window ?? most;
@@ -196,6 +234,8 @@ function lengthLimits(model: Gpt2, head: Head, { lengths, window }: Classificati
     most: most ?? room + 1,
     problem({ ids }: EncodedText): string | undefined {
       if (ids.length === 0) return "the document is empty: it has no tokens";
+      const wrong = ids.findIndex((id) => id >= vocabSize);
+      if (wrong >= 0) return `token ${wrong} is ${ids[wrong]}, the model's ids go from 0 to ${vocabSize - 1}`;
       if (most !== undefined || ids.length <= room) return undefined;
       return `the document has more than the ${room} tokens that there is room for: \`--max-tokens\` cuts it, ` +
         (room < positions ? "`--context` makes room" : "`--positions` goes beyond the model's");
@@ -350,12 +390,13 @@ class PackQueue {
     const texts = head.kind === "labels" ? head.texts : [];
     this.#labelTokens = texts.reduce((sum, ids) => sum + ids.length, 0);
     this.#branchRows = labelBranchRows(texts);
-    const { labelRows } = classifier.plan;
-    const { cacheRows } = classifier;
-    if (this.#labelTokens > labelRows || this.#branchRows > cacheRows) {
-      throw new InputError(
-        `The labels have ${this.#labelTokens} tokens together, there is room for ${labelRows}`,
-        { hint: "give fewer labels, or shorter ones" },
+    const { lengths } = classifier.plan;
+    const wanted = options.lengths?.length ?? 1;
+    if (head.kind === "score" && options.window === undefined && wanted > lengths) {
+      throw new UsageError(
+        `The model was loaded to classify documents by ${lengths} ${
+          lengths === 1 ? "length" : "lengths"
+        } each, not by ${wanted}`,
       );
     }
   }
@@ -481,7 +522,7 @@ class EncodingAhead<T> {
 
   /** Resolves when `isReady`. */
   async ready(): Promise<void> {
-    while (!this.isReady) await (this.#queue[0]?.encoded ?? this.#filling);
+    while (!this.isReady) await (this.#queue[0]?.encoded.catch(() => {}) ?? this.#filling); // `next` throws
   }
 
   /** The next document; undefined at the end. @throws what reading the collection fails with */

@@ -11,9 +11,13 @@ export const DEFAULT_TEMPLATE = "{text}\n\nLabel: {label}";
 
 /** The head that a checkpoint stores; outputs without a name get Hugging Face's. */
 export function scoreHead({ id2label, problemType }: GPT2Config, classes: number): ScoreHead {
-  const named = Array.from({ length: classes }, (_, i) => id2label[i] ?? `LABEL_${i}`);
-  // Two classes of one name would be one key of a result.
-  const labels = named.map((label, i) => named.indexOf(label) === i ? label : `${label} (${i})`);
+  const labels: string[] = [];
+  for (let i = 0; i < classes; i++) {
+    let label = id2label[i] ?? `LABEL_${i}`;
+    // Two classes of one name would be one key of a result.
+    while (labels.includes(label)) label += ` (${i})`;
+    labels.push(label);
+  }
   const activation: Activation = activationOf(problemType, classes);
   return { kind: "score", labels, activation };
 }

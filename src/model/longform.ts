@@ -3,13 +3,14 @@ import { availableParallelism } from "node:os";
 import type { ForcedKernels } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { parsePattern, type Pattern } from "../kvcache/patterns.ts";
-import type { Sparsity } from "../kvcache/sparsity.ts";
+import { hasLists, type Sparsity } from "../kvcache/sparsity.ts";
 import { type Gpu, openDevice } from "../runtime/device.ts";
 import { DoesNotFitError, InputError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { type ProfiledUnit, Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import {
+  checkHead,
   classifyDocuments,
   type Head,
   type LabelHead,
@@ -17,7 +18,7 @@ import {
   type SourceDocument,
 } from "./classification.ts";
 import { type GPT2Config, readConfig } from "./config.ts";
-import { defaultEncodingWorkers, EncodingPool } from "./encoding_pool.ts";
+import { defaultEncodingWorkers, type EncodedText, EncodingPool } from "./encoding_pool.ts";
 import { type FinishReason, generate } from "./generation.ts";
 import { Gpt2 } from "./gpt2.ts";
 import { labelHead, scoreHead } from "./label_head.ts";
@@ -146,6 +147,8 @@ const PACKS_IN_FLIGHT = 3;
 /** Documents encoded ahead by threads, enough short ones to fill packs; where the caller's does it, one while another runs. */
 const AHEAD = 1024;
 const AHEAD_INLINE = 2;
+/** What documents are classified by unless the caller says otherwise. */
+const HEADS: readonly Head["kind"][] = ["score", "labels"];
 /** Decoding steps under way: enough to hide the way to a GPU and back. */
 const STEPS_IN_FLIGHT = 12;
 const SOFTWARE_STEPS_IN_FLIGHT = 2;
@@ -161,15 +164,20 @@ export class Longform {
   readonly loadMs: number;
   readonly #dir: string;
   readonly #classes: number | undefined;
+  readonly #uses: readonly Use[];
+  readonly #heads: readonly Head["kind"][];
   readonly #workers: number;
   #tokenizer: Promise<GPT2Tokenizer> | undefined;
   #pool: Promise<EncodingPool> | undefined;
   #isBusy = false;
+  #closing: Promise<void> | undefined;
 
   private constructor(
     parts: Pick<Longform, "gpu" | "config" | "model" | "profiler" | "loadMs"> & {
       readonly dir: string;
       readonly classes: number | undefined;
+      readonly uses: readonly Use[];
+      readonly heads: readonly Head["kind"][];
       readonly workers: number;
       readonly pool: Promise<EncodingPool> | undefined;
     },
@@ -181,6 +189,8 @@ export class Longform {
     this.loadMs = parts.loadMs;
     this.#dir = parts.dir;
     this.#classes = parts.classes;
+    this.#uses = parts.uses;
+    this.#heads = parts.heads;
     this.#workers = parts.workers;
     this.#pool = parts.pool;
   }
@@ -193,6 +203,7 @@ export class Longform {
   static async load(options: LoadOptions = {}): Promise<Longform> {
     const dir = options.model ?? DEFAULT_MODEL;
     const uses = options.uses ?? ["generate", "score", "classify"];
+    const heads = options.classifying?.heads ?? HEADS;
     const workers = options.encodingWorkers ?? defaultEncodingWorkers(availableParallelism());
     const config = await readConfig(dir);
     // The driver takes a while to start; so do threads.
@@ -226,7 +237,8 @@ export class Longform {
           classes,
         });
         const loadMs = performance.now() - loading;
-        return new Longform({ gpu, config, model, profiler, loadMs, dir, classes, workers, pool });
+        const loaded = { gpu, config, model, profiler, loadMs };
+        return new Longform({ ...loaded, dir, classes, uses, heads, workers, pool });
       } finally {
         await source.close();
       }
@@ -251,7 +263,7 @@ export class Longform {
     prompt: string | ArrayLike<number>,
     options: GenerateOptions = {},
   ): AsyncGenerator<GeneratedPiece, { readonly finishReason: FinishReason }> {
-    const release = this.#take();
+    const release = this.#take("generate");
     try {
       const { temperature = 0.8, topK = 40, topP = 0.95, minP = 0, repeatPenalty = 1 } = options;
       const seed = options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!;
@@ -270,24 +282,30 @@ export class Longform {
           ...(options.signal ? { signal: options.signal } : {}),
         },
       );
-      for (;;) {
-        const { value, done } = await generation.next();
-        if (!done) {
-          yield { text: value.text, id: value.id };
-          continue;
+      try {
+        for (;;) {
+          const { value, done } = await generation.next();
+          if (!done) {
+            yield { text: value.text, id: value.id };
+            continue;
+          }
+          if (value.heldBack !== "") yield { text: value.heldBack };
+          return { finishReason: value.finishReason };
         }
-        if (value.heldBack !== "") yield { text: value.heldBack };
-        return { finishReason: value.finishReason };
+      } finally {
+        // A reader that goes away leaves steps under way.
+        await generation.return({ finishReason: "interrupt", heldBack: "" });
       }
     } finally {
       release();
     }
   }
 
-  /** How well the model predicts a text. @throws InputError for a text that is empty or cannot be encoded */
+  /** How well the model predicts a text. @throws InputError for a text that cannot be encoded */
   async score(text: string | ArrayLike<number>, options: ScoreOptions = {}): Promise<ScoreResult> {
-    const release = this.#take();
+    const release = this.#take("score");
     try {
+      requireCounts("window", options.window);
       const ids = typeof text === "string" ? (await this.tokenizer()).encode(text) : text;
       const score = await scoreDocument(this.model, tokensOf(ids), {
         window: options.window ?? this.model.context,
@@ -310,17 +328,20 @@ export class Longform {
     documents: Iterable<T> | AsyncIterable<T>,
     options: ClassifyOptions = {},
   ): AsyncGenerator<Outcome<T>, void> {
-    const release = this.#take();
+    const release = this.#take("classify");
     try {
+      const { maxTokens, window, batch } = options;
+      requireCounts("maxTokens", maxTokens);
+      requireCounts("window", window);
+      requireCounts("batch", batch);
       const head = await this.#headOf(options);
-      const { maxTokens } = options;
       const lengths = maxTokens === undefined
         ? undefined
         : [...new Set([maxTokens].flat())].toSorted((a, b) => a - b);
       yield* classifyDocuments(this.model, head, this.#sources(documents), {
         lengths,
-        window: options.window,
-        batch: options.batch,
+        window,
+        batch,
         ahead: this.#workers === 0 ? AHEAD_INLINE : AHEAD,
         signal: options.signal,
       });
@@ -329,8 +350,12 @@ export class Longform {
     }
   }
 
-  /** Frees the device and ends the threads. */
-  async close(): Promise<void> {
+  /** Frees the device and ends the threads; nothing runs afterwards. */
+  close(): Promise<void> {
+    return this.#closing ??= this.#close();
+  }
+
+  async #close(): Promise<void> {
     await this.#pool?.then((pool) => pool.close(), () => {});
     this.profiler?.destroy();
     this.model.destroy();
@@ -348,15 +373,28 @@ export class Longform {
             "give labels as texts, with `--labels a,b,c`, or a checkpoint of GPT2ForSequenceClassification",
         });
       }
+      this.#requireHead("score");
       return scoreHead(this.config, this.#classes);
+    }
+    this.#requireHead("labels");
+    if (hasLists(this.model.sparsity)) {
+      throw new UsageError("Labels as texts read all of a document: load the model without `sparsity`");
     }
     if (window !== undefined) throw new UsageError("Windows are for the score head, not for labels as texts");
     const head = labelHead(await this.tokenizer(), labels, template);
     return calibrate ? { ...head, baseline: await this.#baseline(head) } : head;
   }
 
+  #requireHead(kind: Head["kind"]): void {
+    if (this.#heads.includes(kind)) return;
+    throw new UsageError(`The model was loaded without the head "${kind}"`, {
+      hint: "add it to `classifying.heads`",
+    });
+  }
+
   /** The labels' log-likelihoods in nats where there is no document. */
-  async #baseline({ before, between, texts }: LabelHead): Promise<Float64Array> {
+  async #baseline(head: LabelHead): Promise<Float64Array> {
+    const { before, between, texts } = head;
     const { bosTokenId, eosTokenId } = this.config;
     const start = bosTokenId ?? eosTokenId[0];
     const ids = [...before, ...between];
@@ -366,6 +404,7 @@ export class Longform {
       });
     }
     const classifier = await this.model.classifier();
+    checkHead(this.model, classifier, head);
     const { result } = await classifier.scoreLabels(
       [Uint32Array.from(ids.length > 0 ? ids : [start!])],
       texts,
@@ -385,12 +424,7 @@ export class Longform {
         yield {
           document,
           size: ids.length,
-          encode: (most) =>
-            Promise.resolve({
-              ids: Uint32Array.from({ length: Math.min(most, ids.length) }, (_, i) => ids[i]!),
-              truncated: ids.length > most,
-              encodeMs: 0,
-            }),
+          encode: (most) => new Promise((resolve) => resolve(firstIds(ids, most))),
         };
       } else {
         const { text } = document;
@@ -401,13 +435,33 @@ export class Longform {
     }
   }
 
-  #take(): () => void {
+  #take(use: Use): () => void {
+    if (this.#closing) throw new LongformError("The model is closed");
+    if (!this.#uses.includes(use)) {
+      throw new UsageError(`The model was not loaded to ${use}`, { hint: `add "${use}" to \`uses\`` });
+    }
     if (this.#isBusy) {
       throw new LongformError("The model is at work: wait until it is done, or load it twice");
     }
     this.#isBusy = true;
     return () => this.#isBusy = false;
   }
+}
+
+/** @throws UsageError for what is no number of things, or none of several */
+function requireCounts(name: string, value: number | readonly number[] | undefined): void {
+  const counts = value === undefined ? [] : [value].flat();
+  const isGiven = value === undefined || counts.length > 0;
+  if (isGiven && counts.every((count) => Number.isInteger(count) && count >= 1)) return;
+  throw new UsageError(`\`${name}\` is ${value}, wanted whole numbers from 1 on`);
+}
+
+/** The first of a document's ids. @throws InputError for what is no id of any vocabulary */
+function firstIds(ids: ArrayLike<number>, most: number): EncodedText {
+  const first = Uint32Array.from({ length: Math.min(most, ids.length) }, (_, i) => ids[i]!);
+  const wrong = first.findIndex((id, i) => id !== ids[i]);
+  if (wrong >= 0) throw new InputError(`token ${wrong} is ${ids[wrong]}, which is no id of a token`);
+  return { ids: first, truncated: ids.length > most, encodeMs: 0 };
 }
 
 /** @throws LongformError where the device cannot time kernels */
@@ -458,7 +512,7 @@ async function loadFitting(
 /** Rows of a pack where memory does not matter. */
 function mostPackRows({ nHead }: GPT2Config, { classifying }: LoadOptions, isSoftware: boolean): number {
   const filling = isSoftware ? SOFTWARE_PACK_ROWS : PACK_ROWS * Math.max(1, Math.floor(PACK_HEADS / nHead));
-  return Math.min(filling, packedRows(classifying?.packTokens ?? Infinity));
+  return Math.min(filling, packedRows(Math.max(1, classifying?.packTokens ?? Infinity)));
 }
 
 /** Tokens and rows to plan memory for. */
@@ -480,12 +534,12 @@ function planRun(
   const { context = nPositions, positions: mode = "exact", classifying = {} } = options;
   const positions: Positions = { mode, nPositions, context };
   if (!uses.includes("classify")) return { context, positions, classifying: undefined };
-  const { heads = ["score", "labels"], pooling = "last", lengths = 1 } = classifying;
+  const { heads = HEADS, pooling = "last", lengths = 1 } = classifying;
   const branchRows = heads.includes("labels") ? (isSoftware ? SOFTWARE_BRANCH_ROWS : BRANCH_ROWS) : 0;
   return {
     context: Math.max(packedRows(context), packRows) + branchRows,
     positions,
-    chunkTokens: packRows,
+    chunkTokens: Math.max(packRows, branchRows),
     classifying: {
       classes: heads.includes("score") ? classes : undefined,
       pooling,
