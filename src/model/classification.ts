@@ -62,7 +62,7 @@ export interface ClassifiedDocument extends Classification {
   readonly beginnings: readonly Classification[];
   /** Milliseconds from when its pack was handed over until its result was there. */
   readonly ms: number;
-  /** Documents of the pack. */
+  /** Documents of the pack; parts of them where they run in parts, by windows or lengths. */
   readonly batch: number;
   readonly encodeMs: number;
 }
@@ -195,9 +195,9 @@ function roomOf(model: Gpt2, head: Head): { overhead: number; positions: number;
 export function checkHead(model: Gpt2, classifier: Classifier, head: Head): void {
   if (head.kind === "score") return;
   const tokens = head.texts.reduce((sum, ids) => sum + ids.length, 0);
-  const room = Math.min(classifier.plan.labelRows, classifier.packRows);
-  if (tokens > classifier.plan.labelRows || labelBranchRows(head.texts) > classifier.packRows) {
-    throw new InputError(`The labels have ${tokens} tokens together, there is room for ${room}`, {
+  const { labelRows } = classifier.plan;
+  if (tokens > labelRows) {
+    throw new InputError(`The labels have ${tokens} tokens together, there is room for ${labelRows}`, {
       hint: "give fewer labels, or shorter ones",
     });
   }
@@ -421,12 +421,11 @@ class PackQueue {
   }
 
   #fits(job: Job): boolean {
-    const { packRows, cacheRows, plan } = this.#classifier;
+    const { packRows, plan } = this.#classifier;
     const count = this.#open.length + 1;
     const rows = this.#openRows + packedRows(job.ids.length);
     const branchRows = this.#branchRows * count;
-    return count <= (this.#options.batch ?? Infinity) && rows <= packRows && branchRows <= packRows &&
-      rows + branchRows <= cacheRows &&
+    return count <= (this.#options.batch ?? Infinity) && rows + branchRows <= packRows &&
       (this.#head.kind === "labels"
         ? this.#labelTokens * count <= plan.labelRows
         : this.#openResults + job.results <= plan.rows);

@@ -74,14 +74,9 @@ export class Classifier {
     return this.#parts.plan;
   }
 
-  /** Rows of a pack of several documents at most; a longer document runs alone, in chunks of as many. */
+  /** Rows of a pack of several documents and their labels at most; what is longer runs alone, in chunks of as many. */
   get packRows(): number {
     return this.#parts.isSparse ? 0 : this.#parts.memory.chunkTokens;
-  }
-
-  /** Rows in the cache: those of documents and of their branches together. */
-  get cacheRows(): number {
-    return this.#parts.memory.context;
   }
 
   /**
@@ -101,7 +96,8 @@ export class Classifier {
     const pooling = plan.pooling === "mean"
       ? this.#meanPooling(places, beginnings)
       : this.#lastPooling(pack, places);
-    const last = await this.#runDocuments(pack.map(({ ids }) => ids), places, pooling.record, signal);
+    const tokens = this.#documentTokens(pack.map(({ ids }) => ids), places);
+    const last = await this.#run(tokens, documentSegments(places), pooling.record, pack.length, signal);
     pooling.finish(last);
     kernels.scoreHead(last, buffers.features, weights.score, buffers.classLogits, { rows, classes });
     return this.#submit(
@@ -113,8 +109,8 @@ export class Classifier {
   }
 
   /**
-   * The likelihoods of texts behind documents: each document runs once, and all texts as its branches in one more pass,
-   * without the last token of each, behind which nothing is asked.
+   * The likelihoods of texts behind documents. Documents and texts are one pass: a text is a branch of its document, without
+   * its last token, behind which nothing is asked.
    * @param labels tokens of each text, at least one
    * @returns `result` has, for each document, `log p(label | document)` in nats of each label
    */
@@ -123,18 +119,20 @@ export class Classifier {
     labels: readonly Uint32Array[],
     signal?: AbortSignal,
   ): Promise<PendingPack<Float64Array[]>> {
-    const { buffers, activations, plan, memory } = this.#parts;
+    const { buffers, activations, plan, isSparse } = this.#parts;
     const lengths = pack.map((ids) => ids.length);
     const places = documentPlaces(lengths);
+    const behind = places.at(-1)!;
     const labelTokens = labels.reduce((sum, ids) => sum + ids.length, 0);
     const count = pack.length * labelTokens;
     if (count > plan.labelRows) {
       throw new RangeError(`${count} rows are more than the ${plan.labelRows} of a pack`);
     }
     const branches = branchRows(places, lengths, labels.map((ids) => ids.length - 1));
-    const { chunkTokens } = memory;
-    if (branches.rows > chunkTokens) {
-      throw new RangeError(`${branches.rows} rows of labels are more than the ${chunkTokens} of a pass`);
+    if (isSparse && branches.rows > 0) {
+      throw new RangeError(
+        "Block lists are of one document: there are no labels of several tokens behind it",
+      );
     }
 
     // Row `g` of what the head reads predicts token `j` of a label: the document's last row its first, its own rows the others.
@@ -144,35 +142,31 @@ export class Classifier {
     let g = 0;
     pack.forEach((_, i) =>
       labels.forEach((ids, l) => {
+        const firstRow = behind + branches.firstRows[i * labels.length + l]!;
         ids.forEach((id, j) => {
           const segment = { rows: 1, row: g, scale: 1 };
           if (j === 0) fromDocuments.push({ ...segment, first: places[i]! + lengths[i]! - 1 });
-          else fromBranches.push({ ...segment, first: branches.firstRows[i * labels.length + l]! + j - 1 });
+          else fromBranches.push({ ...segment, first: firstRow + j - 1 });
           targets[g++] = id;
         });
       })
     );
-    upload(buffers.rowSegments, packSegments([...fromDocuments, ...fromBranches]));
+    const gathered = [...fromDocuments, ...fromBranches];
+    upload(buffers.rowSegments, packSegments(gathered));
     upload(activations.targets, targets);
-    let r = await this.#runDocuments(pack, places, this.#gather(fromDocuments), signal);
-    if (branches.rows > 0) {
-      r.submit();
-      await this.#parts.profiler?.collect();
-      const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * branches.rows));
-      pack.forEach((ids, i) =>
-        labels.forEach((label, l) => {
-          const first = branches.firstRows[i * labels.length + l]!;
-          this.#parts.packTokens(packed, first, label.subarray(0, -1), ids.length);
-        })
-      );
-      upload(activations.tokens, packed);
-      upload(buffers.segments, branches.segments);
-      r = this.#recorder("labels");
-      this.#parts.recordLayers(r, branches.rows);
-      this.#recordGather(r, fromBranches.length, fromDocuments.length);
-    }
-    this.#recordLikelihoods(r, count);
-    return this.#submit(r, activations.nll, 4 * count, (bytes) => {
+    const tokens = this.#documentTokens(pack, places, branches.rows);
+    pack.forEach((ids, i) =>
+      labels.forEach((label, l) => {
+        const first = behind + branches.firstRows[i * labels.length + l]!;
+        this.#parts.packTokens(tokens, first, label.subarray(0, -1), ids.length);
+      })
+    );
+    const segments = new Uint32Array(4 * (behind + branches.rows));
+    segments.set(documentSegments(places));
+    segments.set(branches.segments, 4 * behind);
+    const last = await this.#run(tokens, segments, this.#gather(gathered), pack.length, signal);
+    this.#recordLikelihoods(last, count);
+    return this.#submit(last, activations.nll, 4 * count, (bytes) => {
       const nll = new Float32Array(bytes);
       let at = 0;
       return pack.map(() =>
@@ -185,32 +179,44 @@ export class Classifier {
     });
   }
 
+  /** The tokens of documents where they lie in a pack, with so many rows behind them that are yet to be filled. */
+  #documentTokens(
+    pack: readonly Uint32Array[],
+    places: readonly number[],
+    rowsBehind = 0,
+  ): DataView<ArrayBuffer> {
+    const tokens = new DataView(new ArrayBuffer(TOKEN_BYTES * (places.at(-1)! + rowsBehind)));
+    pack.forEach((ids, i) => this.#parts.packTokens(tokens, places[i]!, ids, 0));
+    return tokens;
+  }
+
   /**
-   * Runs documents from an empty cache, in chunks where one is longer, all but the last of which are handed over.
+   * Runs the rows of a pack from an empty cache, in chunks where one document has more, all but the last of which are handed
+   * over.
+   * @param tokens of each row, as the embedding reads them
+   * @param segments what each row attends to, `[rows, 4]`
    * @param record records what is made of the rows from `first` on, which are in `x`
    * @returns a recorder with the last chunk
    */
-  async #runDocuments(
-    pack: readonly Uint32Array[],
-    places: readonly number[],
+  async #run(
+    tokens: DataView<ArrayBuffer>,
+    segments: Uint32Array<ArrayBuffer>,
     record: (r: Recorder, first: number, rows: number) => void,
+    documents: number,
     signal: AbortSignal | undefined,
   ): Promise<Recorder> {
-    const { cache, activations, buffers, memory, profiler, packTokens, isSparse } = this.#parts;
-    const rows = places.at(-1)!;
+    const { cache, activations, buffers, memory, profiler, isSparse } = this.#parts;
+    const rows = segments.length / 4;
     const { chunkTokens } = memory;
-    if (pack.length > 1 && rows > this.packRows) {
+    if (documents > 1 && rows > this.packRows) {
       throw new RangeError(`${rows} rows are more than the ${this.packRows} of a pack`);
     }
-    const packed = new DataView(new ArrayBuffer(TOKEN_BYTES * rows));
-    pack.forEach((ids, i) => packTokens(packed, places[i]!, ids, 0));
-    const segments = isSparse ? undefined : documentSegments(places);
     cache.truncate(0);
     for (let first = 0;; first += chunkTokens) {
       signal?.throwIfAborted();
       const count = Math.min(chunkTokens, rows - first);
-      upload(activations.tokens, new DataView(packed.buffer, TOKEN_BYTES * first, TOKEN_BYTES * count));
-      if (segments) upload(buffers.segments, segments.subarray(4 * first, 4 * (first + count)));
+      upload(activations.tokens, new DataView(tokens.buffer, TOKEN_BYTES * first, TOKEN_BYTES * count));
+      if (!isSparse) upload(buffers.segments, segments.subarray(4 * first, 4 * (first + count)));
       const r = this.#recorder("documents");
       this.#parts.recordLayers(r, count);
       record(r, first, count);
@@ -293,14 +299,10 @@ export class Classifier {
         }));
         upload(this.#parts.buffers.rowSegments, packSegments(moved), SEGMENT_BYTES * from);
       }
-      this.#recordGather(r, end - from, from);
+      const { kernels, activations, buffers: { rowSegments, pooled } } = this.#parts;
+      const gathered = { segments: end - from, firstSegment: from };
+      kernels.segmentSum(r, activations.x, rowSegments, pooled, gathered);
     };
-  }
-
-  #recordGather(r: Recorder, segments: number, firstSegment: number): void {
-    const { kernels, activations, buffers } = this.#parts;
-    const { rowSegments, pooled } = buffers;
-    kernels.segmentSum(r, activations.x, rowSegments, pooled, { segments, firstSegment });
   }
 
   /** The likelihoods of `targets` after the pooled rows, some rows of logits at a time. */

@@ -409,7 +409,11 @@ export class Longform {
       [Uint32Array.from(ids.length > 0 ? ids : [start!])],
       texts,
     );
-    return (await result)[0]!;
+    const [baseline] = await result;
+    if (baseline!.every(Number.isFinite)) return baseline!;
+    throw new InputError("The labels have no finite likelihoods without a document", {
+      hint: "try `--dtype f32`; if that does not help, the checkpoint is damaged",
+    });
   }
 
   async *#sources<T extends ClassifyInput>(
@@ -509,10 +513,17 @@ async function loadFitting(
   }
 }
 
-/** Rows of a pack where memory does not matter. */
+/** Rows of a pack where memory does not matter: of documents, and of labels as their branches. */
 function mostPackRows({ nHead }: GPT2Config, { classifying }: LoadOptions, isSoftware: boolean): number {
   const filling = isSoftware ? SOFTWARE_PACK_ROWS : PACK_ROWS * Math.max(1, Math.floor(PACK_HEADS / nHead));
-  return Math.min(filling, packedRows(Math.max(1, classifying?.packTokens ?? Infinity)));
+  const documents = packedRows(Math.max(1, classifying?.packTokens ?? Infinity));
+  return Math.min(filling, documents + mostBranchRows(classifying, isSoftware));
+}
+
+/** Rows for the labels of a pack, and tokens of labels there. */
+function mostBranchRows(classifying: LoadOptions["classifying"], isSoftware: boolean): number {
+  if (!(classifying?.heads ?? HEADS).includes("labels")) return 0;
+  return isSoftware ? SOFTWARE_BRANCH_ROWS : BRANCH_ROWS;
 }
 
 /** Tokens and rows to plan memory for. */
@@ -535,11 +546,11 @@ function planRun(
   const positions: Positions = { mode, nPositions, context };
   if (!uses.includes("classify")) return { context, positions, classifying: undefined };
   const { heads = HEADS, pooling = "last", lengths = 1 } = classifying;
-  const branchRows = heads.includes("labels") ? (isSoftware ? SOFTWARE_BRANCH_ROWS : BRANCH_ROWS) : 0;
+  const branchRows = mostBranchRows(classifying, isSoftware);
   return {
     context: Math.max(packedRows(context), packRows) + branchRows,
     positions,
-    chunkTokens: Math.max(packRows, branchRows),
+    chunkTokens: packRows,
     classifying: {
       classes: heads.includes("score") ? classes : undefined,
       pooling,

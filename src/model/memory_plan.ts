@@ -299,6 +299,8 @@ function chooseChunk(config: GPT2Config, options: PlanOptions, limits: MemoryLim
   while (chunk > SMALLEST_CHUNK_TOKENS && bytes(chunk) > mostBytes(limits)) {
     chunk = Math.ceil(chunk / 2);
   }
+  // Packs are in whole blocks, and so is their context.
+  if (options.classifying) chunk = KV_BLOCK * Math.max(1, Math.floor(chunk / KV_BLOCK));
   return Math.min(context, chunk);
 }
 

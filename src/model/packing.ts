@@ -48,7 +48,7 @@ export function documentSegments(places: readonly number[]): Uint32Array<ArrayBu
   return segments;
 }
 
-/** Continuations of the documents of a pack, as rows of a forward pass of their own. */
+/** Continuations of the documents of a pack, as rows behind theirs. */
 export interface Branches {
   /** Of all documents' branches, in whole blocks for each document. */
   readonly rows: number;

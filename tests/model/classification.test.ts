@@ -331,8 +331,11 @@ describe("likelihoods of labels", () => {
 
     test(`are the same for a document that is longer than a chunk, or divided over buffers in ${elem}`, async () => {
       const wanted = await scoreLabels(await modelOf({ elem }), [documents[0]!], LABELS);
-      const chunked = await modelOf({ elem, context: 704, chunkTokens: 128 });
-      expect(await scoreLabels(chunked, [documents[0]!], LABELS)).toEqual(wanted);
+      // A chunk ends between document and labels, and within both.
+      for (const chunkTokens of [64, 128, 256]) {
+        const chunked = await modelOf({ elem, context: 704, chunkTokens });
+        expect(await scoreLabels(chunked, [documents[0]!], LABELS)).toEqual(wanted);
+      }
       const divided = await dividedModel(elem, "last");
       expect(await scoreLabels(divided, [documents[0]!], LABELS)).toEqual(wanted);
     });
@@ -573,7 +576,7 @@ describe("a collection", () => {
     for await (const { document } of classifyDocuments(model, SCORE, source(), { ahead: 4 })) {
       if (document === 14) break;
     }
-    await Promise.resolve();
+    await new Promise((resolve) => setTimeout(resolve, 0));
     expect(isClosed).toBe(true);
     expect(logitsIn(await outcomesOf(model, sourceOf(DOCUMENTS)))).toEqual(
       await classifyEach(model, DOCUMENTS),
@@ -699,11 +702,6 @@ describe("labels as texts", () => {
     await expect(asked([680])).rejects.toThrow(
       "A document of 680 tokens and 26 of template and label is longer than the model's 700 positions",
     );
-    // As many rows as a pass has, and one block more.
-    await asked([5], headOf(labelsOf([129, 1])));
-    await expect(asked([5], headOf(labelsOf([130, 1])))).rejects.toThrow(
-      "The labels have 131 tokens together, there is room for 128",
-    );
     const wide = await modelOf();
     const many = outcomesOf(wide, sourceOf([]), { head: headOf(labelsOf(new Array(257).fill(1))) });
     await expect(many).rejects.toThrow("The labels have 257 tokens together, there is room for 256");
@@ -751,23 +749,33 @@ describe("packs", () => {
     await expect(classifier.scoreLabels([document(5)], labels)).rejects.toThrow(
       "257 rows are more than the 256",
     );
-    const small = await (await modelOf({ context: 704, chunkTokens: 64 })).classifier();
-    await expect(small.scoreLabels([document(5)], labelsOf([66]))).rejects.toThrow(
-      "128 rows of labels are more than the 64 of a pass",
-    );
+  });
+
+  test("are cut into chunks where the labels of one document are longer than a chunk", async () => {
+    const labels = labelsOf([66, 3, 70]);
+    const likelihoods = async (chunkTokens: number) => {
+      const classifier = await (await modelOf({ context: 704, chunkTokens })).classifier();
+      return await (await classifier.scoreLabels([document(100)], labels)).result;
+    };
+    expect(await likelihoods(64)).toEqual(await likelihoods(704));
   });
 
   /** In place of a device: packs are done one after the other, a turn of the event loop each. */
-  function standIn(rows: number, packs: number[] = []): Gpt2 {
+  function standIn(rows: number) {
+    const seen = { packs: [] as number[], underWay: 0, mostUnderWay: 0 };
     let last = Promise.resolve();
     const classifier = {
       packRows: KV_BLOCK * rows,
-      cacheRows: KV_BLOCK * rows,
       plan: { ...PLAN, rows, inFlight: 3 },
       classify(jobs: readonly PackedDocument[]) {
-        packs.push(jobs.length);
+        seen.packs.push(jobs.length);
+        seen.mostUnderWay = Math.max(seen.mostUnderWay, ++seen.underWay);
         last = last.then(() => new Promise((resolve) => setTimeout(resolve, 0)));
-        return Promise.resolve({ result: last.then(() => jobs.map(() => new Float32Array(CLASSES))) });
+        const result = last.then(() => {
+          seen.underWay--;
+          return jobs.map(() => new Float32Array(CLASSES));
+        });
+        return Promise.resolve({ result });
       },
     };
     const positions = exactPositions(config.nPositions);
@@ -777,24 +785,25 @@ describe("packs", () => {
       plan: { context: KV_BLOCK * rows },
       classifier: () => Promise.resolve(classifier),
     };
-    return model as unknown as Gpt2;
+    return { model: model as unknown as Gpt2, seen };
   }
 
   test("are full, and a bounded number of documents is in memory", async () => {
     for (const [rows, count, ahead] of [[256, 5000, 1024], [1024, 10_000, 2]] as const) {
-      const packs: number[] = [];
+      const { model, seen } = standIn(rows);
       let taken = 0;
       const source = async function* () {
         while (taken < count) yield sourceDocument(taken++, Uint32Array.of(1, 2, 3));
       };
       const out: number[] = [];
       let most = 0;
-      for await (const { document } of classifyDocuments(standIn(rows, packs), SCORE, source(), { ahead })) {
+      for await (const { document } of classifyDocuments(model, SCORE, source(), { ahead })) {
         most = Math.max(most, taken - out.length);
         out.push(document);
       }
       expect(out).toEqual(Array.from({ length: count }, (_, i) => i));
-      expect(packs).toEqual([...new Array(Math.floor(count / rows)).fill(rows), count % rows]);
+      expect(seen.mostUnderWay).toBe(3);
+      expect(seen.packs).toEqual([...new Array(Math.floor(count / rows)).fill(rows), count % rows]);
       // Those of the packs under way and of the one that is filled, and those encoded ahead.
       expect(most).toBeLessThanOrEqual(4 * rows + ahead + 1);
     }
@@ -809,7 +818,7 @@ describe("packs", () => {
       while (taken < 10_000) yield sourceDocument(taken++, new Uint32Array(0));
     };
     let out = 0;
-    for await (const _ of classifyDocuments(standIn(256), SCORE, source(), { ahead: 1024 })) {
+    for await (const _ of classifyDocuments(standIn(256).model, SCORE, source(), { ahead: 1024 })) {
       most = Math.max(most, taken - out++);
     }
     expect(out).toBe(10_000);
@@ -845,6 +854,14 @@ describe("sparse attention", () => {
         expect(await classifyEach(every, DOCUMENTS)).toEqual(await classifyEach(dense, DOCUMENTS));
       }
     });
+  });
+
+  test("has labels of one token, and no branches", async () => {
+    const [every, dense] = [await modelOf({ sparsity: "local:1536" }), await modelOf()];
+    const labels = labelsOf([1, 1]);
+    const documents = [DOCUMENTS[4]!];
+    expect(await scoreLabels(every, documents, labels)).toEqual(await scoreLabels(dense, documents, labels));
+    await expect(scoreLabels(every, documents, labelsOf([1, 2]))).rejects.toThrow("labels of several tokens");
   });
 
   test("of blocks that decoding chooses leaves documents dense", async () => {

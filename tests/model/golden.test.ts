@@ -2,6 +2,7 @@
 import { describe, expect, test } from "bun:test";
 import {
   type AccuracyRow,
+  classifyAccuracy,
   greedyAccuracy,
   greedyGapTolerance,
   PERPLEXITY_BOUNDS,
@@ -39,6 +40,18 @@ for (const elem of testElems(gpu)) {
     const spared = isSpared ? " (needs a GPU: in f32 alone on a CPU)" : "";
     test.skipIf(isSpared)(`logits and NLL of 16,384 tokens match the reference${spared}`, async () => {
       expectKept(await promptAccuracy(gpu, elem, 16384));
+    }, LONG);
+
+    // On a CPU the first lengths of a few documents.
+    const isWhole = !gpu.caps.isSoftware;
+    const lengths = isWhole ? [512, 2048, 8192, 16384] as const : [512, 2048] as const;
+    const documents = isWhole ? 10 : elem === "f32" ? 2 : 1;
+    const few = isWhole ? "" : ` (needs a GPU for more than ${documents} and ${lengths.at(-1)} tokens)`;
+    test(`classification logits match the reference${few}`, async () => {
+      const { rows, right } = await classifyAccuracy(gpu, elem, lengths, documents);
+      expectKept(rows);
+      expect(rows).toHaveLength(lengths.length);
+      for (const { right: got, recorded } of right) expect(got).toBe(recorded);
     }, LONG);
 
     const books = gpu.caps.isSoftware ? " (needs a GPU: an hour on a CPU)" : "";

@@ -119,6 +119,13 @@ const TEXTS = [
   "ab ".repeat(60),
 ];
 
+/** What it makes of each of them. */
+async function textLogits(): Promise<number[][]> {
+  const logits: number[][] = [];
+  for (const text of TEXTS) logits.push(await classLogits(text));
+  return logits;
+}
+
 describe("loading", () => {
   test("takes memory for what the model is loaded for", async () => {
     const { plan } = longform.model;
@@ -145,7 +152,7 @@ describe("loading", () => {
     // Documents may be longer than packs.
     expect(classifying.model.plan).toMatchObject({ context: 704, chunkTokens: 128 });
     const outcomes = await outcomesOf(classifying, TEXTS.map((text) => ({ text })));
-    expect(logitsIn(outcomes)).toEqual(await Promise.all(TEXTS.map((text) => classLogits(text))));
+    expect(logitsIn(outcomes)).toEqual(await textLogits());
   });
 
   test("leaves nothing behind when it fails", async () => {
@@ -280,8 +287,7 @@ describe("classifying", () => {
   });
 
   test("gives the same twice in a row, from threads or none, from iterables of any kind", async () => {
-    const wanted: number[][] = [];
-    for (const text of TEXTS) wanted.push(await classLogits(text));
+    const wanted = await textLogits();
     const documents = TEXTS.map((text) => ({ text }));
     for (let run = 0; run < 2; run++) {
       expect(logitsIn(await outcomesOf(longform, documents))).toEqual(wanted);

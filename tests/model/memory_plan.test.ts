@@ -5,9 +5,10 @@ import { PLACE_BYTES } from "../../src/kernels/sampling/sampling.ts";
 import { KV_BLOCK } from "../../src/kernels/shared/shared.ts";
 import { headBytes } from "../../src/kvcache/layout.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../../src/model/config.ts";
-import type { Gpt2Options } from "../../src/model/gpt2.ts";
+import type { Gpt2, Gpt2Options } from "../../src/model/gpt2.ts";
 import {
   checkFits,
+  type ClassifyingPlan,
   type DecodingPlan,
   largestContext,
   type MemoryLimits,
@@ -50,10 +51,19 @@ const TINY_LIMITS: typeof LIMITS = [
   ["1 MB bindings", binding(1_000_004)],
 ];
 
+const CLASSIFYING: ClassifyingPlan = {
+  classes: 25,
+  pooling: "mean",
+  rows: 768,
+  labelRows: 4096,
+  lengths: 3,
+  inFlight: 3,
+};
+
 const cases = Object.entries(PUBLISHED_SHAPES).flatMap(([name, config]) =>
   ELEMS.flatMap((elem) =>
     CONTEXTS.flatMap((context) =>
-      [{}, { scoring: true }, { decoding: DECODING }].map((use) => ({
+      [{}, { scoring: true }, { decoding: DECODING }, { classifying: CLASSIFYING }].map((use) => ({
         name,
         config,
         options: { context, elem, ...use },
@@ -89,6 +99,9 @@ describe("planMemory", () => {
           if (/^w[tp]e\.weight/.test(label)) return width * sizeOf(options.elem);
           if (label === "logits") return bufferBytes(4 * config.vocabSize);
           if (purpose !== "activations" || /^attention split|^places/.test(label)) return undefined;
+          // Nor does anything divide the rows that are classified of a pack.
+          const ofPack = Object.values(plan.classifying ?? {}).some((buffer) => buffer.label === label);
+          if (ofPack || (plan.classifying && /^targets|^negative/.test(label))) return undefined;
           const { chunkTokens } = plan;
           const own = plan.buffers.find((buffer) => buffer.label === label)!.bytes;
           return Math.ceil(own / chunkTokens) * Math.min(chunkTokens, 64);
@@ -116,6 +129,7 @@ describe("planMemory", () => {
         expect(of("activations")).toEqual([
           ...Object.values(plan.activations),
           ...Object.values(plan.decoding ?? {}),
+          ...Object.values(plan.classifying ?? {}),
         ]);
         expect(plan.buffers.every(({ bytes }) => bytes >= 16 && bytes % 16 === 0)).toBe(true);
         const bound = plan.buffers.filter(({ purpose }) => purpose !== "staging");
@@ -289,13 +303,21 @@ describe("what a model allocates is what was planned", () => {
   const folder = temporaryFolder();
   afterAll(folder.remove);
   /** Sizes that nothing divides. */
+  const CLASSES = 3;
   const AWKWARD = { nLayer: 2, nHead: 3, nEmbd: 30, nPositions: 1100, vocabSize: 101 };
   const checkpoints: readonly (readonly [name: string, options: TinyOptions])[] = [
-    ["awkward sizes", { config: AWKWARD }],
-    ["a head of its own", { config: { ...AWKWARD, nHead: 2 }, lmHead: "separate" }],
-    ["one layer, one head", { config: { nLayer: 1, nHead: 1, nEmbd: 4, nPositions: 70, vocabSize: 5 } }],
+    ["awkward sizes", { config: AWKWARD, classes: CLASSES }],
+    ["a head of its own", { config: { ...AWKWARD, nHead: 2 }, lmHead: "separate", classes: CLASSES }],
+    ["one layer, one head", {
+      config: { nLayer: 1, nHead: 1, nEmbd: 4, nPositions: 70, vocabSize: 5 },
+      classes: CLASSES,
+    }],
   ];
-  type Run = Pick<Gpt2Options, "context" | "scoring" | "sparsity"> & { readonly decoding: DecodingPlan };
+  /** Of documents in blocks of the cache, which the context has whole. */
+  const classifying = { classes: CLASSES, rows: 16, labelRows: 128, lengths: 2, inFlight: 2 };
+  type Run =
+    & Pick<Gpt2Options, "context" | "scoring" | "sparsity" | "classifying">
+    & { readonly decoding: DecodingPlan };
   const runs: readonly Run[] = [
     { context: 1, decoding: DECODING },
     { context: 65, scoring: true, decoding: { sequences: 3, inFlight: 4, logprobs: 2 } },
@@ -307,6 +329,19 @@ describe("what a model allocates is what was planned", () => {
       sparsity: { pattern: { kind: "topk", keys: 256 } },
       decoding: { sequences: 2, inFlight: 1 },
     },
+    { context: 576, classifying: { ...classifying, pooling: "last", labelRows: 0 }, decoding: DECODING },
+    { context: 576, classifying: { ...classifying, pooling: "mean", labelRows: 0 }, decoding: DECODING },
+    {
+      context: 576,
+      scoring: true,
+      classifying: { ...classifying, pooling: "mean" },
+      decoding: { sequences: 2, inFlight: 1 },
+    },
+    {
+      context: 576,
+      classifying: { ...classifying, pooling: "last", classes: undefined },
+      decoding: DECODING,
+    },
   ];
   const dirs = checkpoints.map(([name, options]) =>
     writeTinyCheckpoint(join(folder.path, name), { ...options, dtype: "F16" }).dir
@@ -317,6 +352,29 @@ describe("what a model allocates is what was planned", () => {
     const uploads = buffers.filter(({ label }) => label === "uploads");
     return { ...bytes, staging: bytes.staging - uploads.reduce((sum, { bytes }) => sum + bytes, 0) };
   };
+  /** Documents and labels that fill what a run has room for. */
+  async function classifySome(
+    model: Gpt2,
+    { classes, pooling, rows, labelRows, lengths }: ClassifyingPlan,
+  ): Promise<void> {
+    const classifier = await model.classifier();
+    const ids = Uint32Array.from({ length: 66 }, (_, i) => i % model.config.vocabSize);
+    if (classes !== undefined) {
+      const documents = Math.floor(Math.min(rows / lengths, classifier.packRows / (2 * KV_BLOCK)));
+      const beginnings = Array.from({ length: lengths }, (_, i) => 65 + i);
+      const pack = Array.from({ length: documents }, () => ({ ids, lengths: beginnings }));
+      const logits = await (await classifier.classify(pack)).result;
+      expect(logits.map(({ length }) => length)).toEqual(new Array(documents * lengths).fill(classes));
+      expect({ pooling, isFinite: logits.every((row) => row.every(Number.isFinite)) }).toEqual({
+        pooling,
+        isFinite: true,
+      });
+    }
+    if (labelRows === 0) return;
+    const labels = Array.from({ length: labelRows / 2 }, () => Uint32Array.of(1, 2));
+    const [likelihoods] = await (await classifier.scoreLabels([ids.slice(0, 60)], labels)).result;
+    expect(likelihoods!.every((value) => value < 0)).toBe(true);
+  }
   const restrictions = [
     ["as the device is", {}],
     // One and two heads of three to a buffer, tables in pieces, chunks of less than the context.
@@ -347,6 +405,7 @@ describe("what a model allocates is what was planned", () => {
               await model.prefill(ids, run.scoring ? { onNll: () => {} } : {});
             }
             await model.decodeStep(1);
+            if (run.classifying) await classifySome(model, run.classifying);
             // Nothing else was needed to load and to run it.
             peak = Math.max(peak, plan.totalBytes);
             expect(gpu.memory.peakBytes).toBe(peak);

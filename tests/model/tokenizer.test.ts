@@ -323,7 +323,10 @@ describe("encoder", () => {
   test("encodes before the end where that is safe, and only there", () => {
     const pushed = ({ encoder }: GPT2Tokenizer) => encoder(1).push("It was the best of times");
     for (const [name, tokenizer] of encodable) {
-      expect({ name, ids: [...pushed(tokenizer)] }).toEqual({ name, ids: tokenizer.encode("It was the best of") });
+      expect({ name, ids: [...pushed(tokenizer)] }).toEqual({
+        name,
+        ids: tokenizer.encode("It was the best of"),
+      });
     }
     for (const [name, tokenizer] of notInPieces) {
       expect({ name, ids: [...pushed(tokenizer)] }).toEqual({ name, ids: [] });
