@@ -2,8 +2,10 @@
 in batches of documents of like length, padded. Prints documents and tokens a second with and without tokenization, and how
 far the logits are from another run's results, if they are given.
 
-  python3 bench/peers/pytorch_classify.py DOCUMENTS.jsonl [--model weights/classics-16k] [--most 16384] [--batch-tokens 65536]
-      [--results OURS.jsonl] [--out FILE.json]
+  python3 -P bench/peers/pytorch_classify.py DOCUMENTS.jsonl [--model weights/classics-16k] [--most 16384]
+      [--batch-tokens 65536] [--how one_by_one,bucketed] [--results OURS.jsonl] [--out FILE.json]
+
+-P keeps pytorch.py in this folder from being taken for a package of that name.
 """
 import argparse
 import json
@@ -18,6 +20,7 @@ parser.add_argument("documents")
 parser.add_argument("--model", default="weights/classics-16k")
 parser.add_argument("--most", type=int, default=16384)
 parser.add_argument("--batch-tokens", type=int, default=65536)
+parser.add_argument("--how", default="one_by_one,bucketed")
 parser.add_argument("--results")
 parser.add_argument("--out")
 args = parser.parse_args()
@@ -64,7 +67,7 @@ result = {
     "adapter": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
     "documents": len(documents), "tokens": tokens, "tokenize_s": tokenize_s, "rows": [],
 }
-for how in (one_by_one, bucketed):
+for how in [{"one_by_one": one_by_one, "bucketed": bucketed}[name] for name in args.how.split(",")]:
     logits_of([documents[0]])
     torch.cuda.synchronize()
     starting = time.perf_counter()

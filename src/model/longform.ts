@@ -517,7 +517,7 @@ async function loadFitting(
 function mostPackRows({ nHead }: GPT2Config, { classifying }: LoadOptions, isSoftware: boolean): number {
   const filling = isSoftware ? SOFTWARE_PACK_ROWS : PACK_ROWS * Math.max(1, Math.floor(PACK_HEADS / nHead));
   const documents = packedRows(Math.max(1, classifying?.packTokens ?? Infinity));
-  return Math.min(filling, documents + mostBranchRows(classifying, isSoftware));
+  return Math.min(filling, documents) + mostBranchRows(classifying, isSoftware);
 }
 
 /** Rows for the labels of a pack, and tokens of labels there. */

@@ -1,6 +1,7 @@
 import { describe, expect, test } from "bun:test";
 import {
   type BenchOptions,
+  type ClassifyOptions,
   type GenerateOptions,
   parseOptions,
   type ScoreOptions,
@@ -13,6 +14,10 @@ function parsed(...args: string[]): GenerateOptions {
 
 function parsedScore(...args: string[]): ScoreOptions {
   return parseOptions(["score", ...args]) as ScoreOptions;
+}
+
+function parsedClassify(...args: string[]): ClassifyOptions {
+  return parseOptions(["classify", ...args]) as ClassifyOptions;
 }
 
 function parsedBench(...args: string[]): BenchOptions {
@@ -247,6 +252,87 @@ describe("parseOptions accepts", () => {
     expect(parsedScore("a", "--window", "64", "-c", "64").window).toBe(64);
   });
 
+  test("classify with its defaults, over any number of files", () => {
+    expect(parsedClassify("a.txt")).toEqual({
+      command: "classify",
+      files: ["a.txt"],
+      jsonl: false,
+      ids: undefined,
+      model: undefined,
+      context: undefined,
+      positions: "exact",
+      sparsity: { kind: "dense" },
+      maxTokens: undefined,
+      labels: undefined,
+      template: undefined,
+      calibrate: false,
+      pooling: "last",
+      window: undefined,
+      expected: undefined,
+      out: undefined,
+      resume: false,
+      shard: undefined,
+      batch: undefined,
+      workers: undefined,
+      dtype: "auto",
+      adapter: undefined,
+      fallbackAdapter: false,
+      json: false,
+      quiet: false,
+      verbose: 0,
+      profile: false,
+      kernels: new Map(),
+    });
+    expect(parsedClassify().files).toEqual([]);
+    expect(parsedClassify("a", "--json", "b/", "-", "-q", "*.txt").files).toEqual(["a", "b/", "-", "*.txt"]);
+    expect(parsedClassify("--jsonl", "a", "b")).toMatchObject({ jsonl: true, files: ["a", "b"] });
+    expect(parsedClassify("--ids", "ids.json")).toMatchObject({ files: [], ids: "ids.json" });
+    expect(Object.isFrozen(parsedClassify("a"))).toBe(true);
+  });
+
+  test("classify with every option of its own", () => {
+    expect(
+      parsedClassify(
+        ...["--jsonl", "a", "-n", "8k, 512,2K,512", "--labels", " politics, science fiction ", "--calibrate"],
+        ...["--template=About {label}:\\n{text}", "--expected", "label", "--out", "r.jsonl", "--resume"],
+        ...["--shard", "3/8", "--batch", "1", "--workers", "0", "-c", "16k", "--positions", "repeat"],
+      ),
+    ).toMatchObject({
+      // In order, each once.
+      maxTokens: [512, 2048, 8192],
+      labels: ["politics", "science fiction"],
+      calibrate: true,
+      template: "About {label}:\n{text}",
+      expected: "label",
+      out: "r.jsonl",
+      resume: true,
+      shard: { index: 2, count: 8 },
+      batch: 1,
+      workers: 0,
+      context: 16384,
+      positions: "repeat",
+    });
+    expect(
+      parsedClassify("a", "--window=1k", "--pooling", "mean", "--sparsity", "local:64", "--workers", "64"),
+    )
+      .toMatchObject({
+        window: 1024,
+        pooling: "mean",
+        sparsity: { kind: "local" },
+        workers: 64,
+      });
+  });
+
+  test("what is expected of classify: a field of records, which --eval calls label, or folders", () => {
+    expect(parsedClassify("a/", "--eval")).toMatchObject({ jsonl: false, expected: "label" });
+    expect(parsedClassify("--jsonl", "--eval").expected).toBe("label");
+    expect(parsedClassify("--jsonl", "--eval", "--expected", "author").expected).toBe("author");
+    expect(parsedClassify("--jsonl", "--json", "--out", "r.jsonl")).toMatchObject({
+      json: true,
+      jsonl: true,
+    });
+  });
+
   test("bench with its defaults", () => {
     expect(parsedBench()).toEqual({
       command: "bench",
@@ -418,6 +504,43 @@ describe("parseOptions refuses", () => {
       ["score", "a", "--sparsity", "butterfly", "--compare", "flash"],
       /`--compare flash` is not one of dense/,
     ],
+    ["files and ids to classify", ["classify", "a", "--ids", "b"], /There are files and `--ids`/],
+    ["records and ids", ["classify", "--jsonl", "--ids", "b"], /There are `--jsonl` and `--ids`/],
+    ["ids with a true label", ["classify", "--ids", "b", "--eval"], /without a label: leave `--eval` away/],
+    [
+      "ids to be divided",
+      ["classify", "--ids", "b", "--shard", "1/2"],
+      /one document, which cannot be divided/,
+    ],
+    ["lines and one document", ["classify", "--jsonl", "--json"], /a line for each record, .*one of them/],
+    ["a field of files", ["classify", "a", "--expected", "x"], /`--expected` names a field of records/],
+    ["--resume without a file", ["classify", "a", "--resume"], /`--resume` needs the file.*add `--out`/],
+    [
+      "--template without labels",
+      ["classify", "a", "--template", "{label}"],
+      /`--template` is .*add `--labels`/,
+    ],
+    ["--calibrate without labels", ["classify", "a", "--calibrate"], /`--calibrate` is .*add `--labels`/],
+    [
+      "pooling of labels",
+      ["classify", "a", "--labels", "a,b", "--pooling", "mean"],
+      /`--pooling` is for the/,
+    ],
+    ["windows with labels", ["classify", "a", "--labels", "a,b", "--window", "1k"], /`--window` is for the/],
+    ["topk to classify", ["classify", "a", "--sparsity", "topk:1k"], /`classify` does not decode/],
+    [
+      "sparsity with labels",
+      ["classify", "a", "--labels", "a,b", "--sparsity", "local:64"],
+      /reads all of a/,
+    ],
+    ["unknown pooling", ["classify", "a", "--pooling", "max"], /`--pooling max` is not one of last, mean/],
+    ["-n 0 to classify", ["classify", "a", "-n", "0"], /`--max-tokens 0`.*from 1, such as 4096 or 4k/],
+    ["a length left out", ["classify", "a", "-n", "512,,2k"], /`--max-tokens `/],
+    ["--batch 0 to classify", ["classify", "a", "--batch", "0"], /`--batch 0`.*whole number from 1/],
+    ["--workers 65", ["classify", "a", "--workers", "65"], /`--workers 65`.*whole number from 0 to 64/],
+    ["--shard 0/4", ["classify", "a", "--shard", "0/4"], /`--shard 0\/4`.*numbered from 1 to 4/],
+    ["a shard that is none", ["classify", "a", "--shard", "1of4"], /neither I\/N, auto nor auto\/N/],
+    ["a prompt's option to classify", ["classify", "a", "--temperature", "0"], /no option `--temperature`/],
     ["unknown attention", ["bench", "--attention", "linear"], /has "linear", which is not one of flash/],
     ["an unknown shape", ["bench", "--model-shape", "gpt3"], /`--model-shape gpt3` is not one of distilgpt2/],
     ["a shape and a model", ["bench", "--model-shape", "gpt2", "-m", "x"], /`--model` and `--model-shape`/],
