@@ -16,14 +16,14 @@ import {
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
 import { Gpt2 } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
-import { chooseElem, openSparsity } from "../model/run_settings.ts";
+import { chooseElem, inFlightOf, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { syntheticSource } from "../model/synthetic.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { abortOnInterrupt, inFlightOf, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
+import { abortOnInterrupt, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeResult } from "./output.ts";
 import { runtimeName, VERSION } from "./version.ts";

@@ -6,7 +6,7 @@ import { Evaluation, evaluationReport, formatByLength, formatEvaluation } from "
 import { checkpointLabels } from "../model/label_head.ts";
 import { Longform } from "../model/longform.ts";
 import { formatBytes } from "../runtime/buffers.ts";
-import { InputError, UsageError } from "../runtime/errors.ts";
+import { UsageError } from "../runtime/errors.ts";
 import type { KernelTime } from "../runtime/profiler.ts";
 import { type Collection, type InputDocument, openFiles, openJsonl } from "./documents.ts";
 import { readIds } from "./input.ts";
@@ -89,11 +89,6 @@ export async function runClassify(options: ClassifyOptions): Promise<number> {
   checkContext(config, options);
   checkLengths(config, options);
   const labels = options.labels ?? await checkpointLabels(dir);
-  if (!labels) {
-    throw new InputError(`The checkpoint in ${dir} has no score head to classify with`, {
-      hint: "give labels as texts, with `--labels a,b,c`, or a checkpoint of GPT2ForSequenceClassification",
-    });
-  }
   const collection = await openCollection(options);
   try {
     const sink = options.out === undefined
@@ -294,19 +289,12 @@ class ClassifyRun {
     }
   }
 
-  /** What is wrong with a document for this model and these labels. */
+  /** What is wrong with a document's label. */
   #problem(document: InputDocument): string | undefined {
     if ("error" in document) return undefined;
     const { expected } = document;
-    if (expected !== undefined && !this.#labels.has(expected)) {
-      return `the expected label ${JSON.stringify(expected)} is none of the ${this.#labels.size} labels`;
-    }
-    if (!("ids" in document)) return undefined;
-    const { vocabSize } = this.#config;
-    const at = document.ids.findIndex((id) => id >= vocabSize);
-    return at < 0
-      ? undefined
-      : `token ${at} is ${document.ids[at]}, the model's ids go from 0 to ${vocabSize - 1}`;
+    if (expected === undefined || this.#labels.has(expected)) return undefined;
+    return `the expected label ${JSON.stringify(expected)} is none of the ${this.#labels.size} labels`;
   }
 
   #writeResult(document: InputDocument, classified: ClassifiedDocument, loadMs: number): void {

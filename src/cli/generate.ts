@@ -5,7 +5,7 @@ import type { DecoderOptions } from "../model/decoder.ts";
 import { type FinishReason, generate, type Prompt } from "../model/generation.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Positions } from "../model/positions.ts";
-import { chooseElem, openSparsity } from "../model/run_settings.ts";
+import { chooseElem, inFlightOf, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import type { TokenLogprob } from "../model/sampling.ts";
 import { TextTokens, tokensOf, type TokenSource } from "../model/token_source.ts";
@@ -23,7 +23,6 @@ import {
   checkPositions,
   choosePositions,
   hasFile,
-  inFlightOf,
   loadModel,
   modelFolder,
   openCommandDevice,

@@ -5,7 +5,7 @@ import { type GPT2Config, readConfig } from "../model/config.ts";
 import type { FinishReason } from "../model/generation.ts";
 import { tooManyPositions } from "../model/gpt2.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
-import { chooseElem, openSparsity } from "../model/run_settings.ts";
+import { chooseElem, inFlightOf, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { type GPT2Tokenizer, loadTokenizer } from "../model/tokenizer.ts";
 import type { WeightSource } from "../model/weight_source.ts";
@@ -19,7 +19,6 @@ import {
   abortOnInterrupt,
   checkContext,
   choosePositions,
-  inFlightOf,
   loadModel,
   modelFolder,
   openCommandDevice,

@@ -8,28 +8,18 @@ import type { Sparsity } from "../kvcache/sparsity.ts";
 import type { GPT2Config } from "../model/config.ts";
 import { Gpt2, type Gpt2Options, tooManyPositions } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
-import { DEFAULT_MODEL } from "../model/run_settings.ts";
+import { DEFAULT_MODEL, openProfiler } from "../model/run_settings.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
 import type { TextTokens } from "../model/token_source.ts";
 import type { WeightSource } from "../model/weight_source.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { openDevice } from "../runtime/device.ts";
-import { LongformError, UsageError } from "../runtime/errors.ts";
+import { UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { Profiler } from "../runtime/profiler.ts";
+import type { Profiler } from "../runtime/profiler.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
 import { formatChoices, sparsityReport } from "./report.ts";
-
-/** Steps of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
-const IN_FLIGHT = 12;
-/** On a CPU there is nothing to hide, and what is under way at the end is lost. */
-const SOFTWARE_IN_FLIGHT = 2;
-
-/** What `--in-flight` is by default. */
-export function inFlightOf({ caps }: Gpu): number {
-  return caps.isSoftware ? SOFTWARE_IN_FLIGHT : IN_FLIGHT;
-}
 
 export function modelFolder(options: Pick<CommonOptions, "model">): string {
   return options.model ?? DEFAULT_MODEL;
@@ -140,7 +130,7 @@ export async function loadModel(
   progress: ProgressLine,
 ): Promise<LoadedModel> {
   noteChoices(gpu, config, modelOptions.elem, options);
-  const profiler = options.profile ? openProfiler(gpu) : undefined;
+  const profiler = openProfiler(gpu, options.profile ? "dispatches" : undefined);
   const loading = performance.now();
   const model = await Gpt2.load(gpu, source, config, {
     ...modelOptions,
@@ -150,13 +140,6 @@ export async function loadModel(
   }).finally(() => progress.clear());
   if (!options.quiet) noteSparsity(model);
   return { model, loadMs: performance.now() - loading, profiler };
-}
-
-function openProfiler(gpu: Gpu): Profiler {
-  if (!gpu.caps.timestamps) {
-    throw new LongformError(`${gpu.caps.name} has no timestamp queries, which --profile needs`);
-  }
-  return new Profiler(gpu);
 }
 
 /** Aborts on the first SIGINT and ends the process on the second, which does not wait for the work in flight. */

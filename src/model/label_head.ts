@@ -1,5 +1,5 @@
 /** Heads for classification: the checkpoint's classes, and labels as texts in a template. */
-import { UsageError } from "../runtime/errors.ts";
+import { InputError, UsageError } from "../runtime/errors.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import { type Activation, activationOf, type LabelHead, type ScoreHead } from "./classification.ts";
 import { type GPT2Config, readConfig } from "./config.ts";
@@ -22,13 +22,21 @@ export function scoreHead({ id2label, problemType }: GPT2Config, classes: number
   return { kind: "score", labels, activation };
 }
 
-/** The names of a checkpoint's classes; undefined where it has no score head. @throws ModelError */
-export async function checkpointLabels(dir: string): Promise<readonly string[] | undefined> {
+/** What is said of a model without a score head. */
+export function noScoreHead(dir: string): InputError {
+  return new InputError(`The checkpoint in ${dir} has no score head to classify with`, {
+    hint: "give labels as texts, with `--labels a,b,c`, or a checkpoint of GPT2ForSequenceClassification",
+  });
+}
+
+/** The names of a checkpoint's classes. @throws ModelError, and InputError where it has no score head */
+export async function checkpointLabels(dir: string): Promise<readonly string[]> {
   const config = await readConfig(dir);
   const source = await openCheckpoint(dir);
   try {
     const { classes } = resolveCheckpoint(source, config);
-    return classes === undefined ? undefined : scoreHead(config, classes).labels;
+    if (classes === undefined) throw noScoreHead(dir);
+    return scoreHead(config, classes).labels;
   } finally {
     await source.close();
   }

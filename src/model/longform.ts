@@ -7,7 +7,7 @@ import { hasLists, type Sparsity } from "../kvcache/sparsity.ts";
 import { type Gpu, openDevice } from "../runtime/device.ts";
 import { DoesNotFitError, InputError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { type ProfiledUnit, Profiler } from "../runtime/profiler.ts";
+import type { ProfiledUnit, Profiler } from "../runtime/profiler.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import {
   checkHead,
@@ -21,11 +21,18 @@ import { type GPT2Config, readConfig } from "./config.ts";
 import { defaultEncodingWorkers, type EncodedText, EncodingPool } from "./encoding_pool.ts";
 import { type FinishReason, generate } from "./generation.ts";
 import { Gpt2 } from "./gpt2.ts";
-import { labelHead, scoreHead } from "./label_head.ts";
+import { labelHead, noScoreHead, scoreHead } from "./label_head.ts";
 import type { ClassifyingPlan, Pooling } from "./memory_plan.ts";
 import { packedRows } from "./packing.ts";
 import type { PositionMode, Positions } from "./positions.ts";
-import { chooseElem, DEFAULT_MODEL, type DType, openSparsity } from "./run_settings.ts";
+import {
+  chooseElem,
+  DEFAULT_MODEL,
+  type DType,
+  inFlightOf,
+  openProfiler,
+  openSparsity,
+} from "./run_settings.ts";
 import { openCheckpoint } from "./safetensors.ts";
 import type { SamplingOptions } from "./sampling.ts";
 import { meanNll, perplexity, scoreDocument } from "./scoring.ts";
@@ -149,9 +156,6 @@ const AHEAD = 1024;
 const AHEAD_INLINE = 2;
 /** What documents are classified by unless the caller says otherwise. */
 const HEADS: readonly Head["kind"][] = ["score", "labels"];
-/** Decoding steps under way: enough to hide the way to a GPU and back. */
-const STEPS_IN_FLIGHT = 12;
-const SOFTWARE_STEPS_IN_FLIGHT = 2;
 
 /** A loaded model. One of its methods runs at a time; `close` frees the device. */
 export class Longform {
@@ -368,10 +372,7 @@ export class Longform {
         throw new UsageError("A template and calibration are for labels that are given as texts");
       }
       if (this.#classes === undefined) {
-        throw new InputError(`The checkpoint in ${this.#dir} has no score head to classify with`, {
-          hint:
-            "give labels as texts, with `--labels a,b,c`, or a checkpoint of GPT2ForSequenceClassification",
-        });
+        throw noScoreHead(this.#dir);
       }
       this.#requireHead("score");
       return scoreHead(this.config, this.#classes);
@@ -468,16 +469,6 @@ function firstIds(ids: ArrayLike<number>, most: number): EncodedText {
   return { ids: first, truncated: ids.length > most, encodeMs: 0 };
 }
 
-/** @throws LongformError where the device cannot time kernels */
-function openProfiler(gpu: Gpu, unit: ProfiledUnit | undefined): Profiler | undefined {
-  if (unit === undefined) return undefined;
-  if (!gpu.caps.timestamps) {
-    if (unit === "passes") return undefined;
-    throw new LongformError(`${gpu.caps.name} has no timestamp queries, which --profile needs`);
-  }
-  return new Profiler(gpu, unit);
-}
-
 /** Loads the graph, with smaller packs of documents where larger ones do not fit the device. */
 async function loadFitting(
   options: LoadOptions,
@@ -493,7 +484,6 @@ async function loadFitting(
   },
 ): Promise<Gpt2> {
   const { isSoftware } = gpu.caps;
-  const inFlight = isSoftware ? SOFTWARE_STEPS_IN_FLIGHT : STEPS_IN_FLIGHT;
   for (let packRows = mostPackRows(config, options, isSoftware);; packRows /= 2) {
     try {
       return await Gpt2.load(gpu, source, config, {
@@ -501,7 +491,7 @@ async function loadFitting(
         elem,
         sparsity,
         scoring: uses.includes("score"),
-        decoding: uses.includes("generate") ? { sequences: 1, inFlight } : undefined,
+        decoding: uses.includes("generate") ? { sequences: 1, inFlight: inFlightOf(gpu) } : undefined,
         profiler,
         ...(options.kernels ? { kernels: options.kernels } : {}),
         ...(options.onLoad ? { onLoad: options.onLoad } : {}),

@@ -4,9 +4,10 @@ import { readFile, stat } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { parseMask, type Pattern } from "../kvcache/patterns.ts";
 import type { Sparsity } from "../kvcache/sparsity.ts";
-import type { Capabilities } from "../runtime/device.ts";
-import { DeviceError, InputError } from "../runtime/errors.ts";
+import type { Capabilities, Gpu } from "../runtime/device.ts";
+import { DeviceError, InputError, LongformError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
+import { type ProfiledUnit, Profiler } from "../runtime/profiler.ts";
 
 /** The folder of the embedded model. */
 export const DEFAULT_MODEL = fileURLToPath(new URL("../../weights/classics-16k", import.meta.url).href);
@@ -54,4 +55,25 @@ export async function openSparsity(pattern: Pattern): Promise<Sparsity> {
   }
   const sha256 = createHash("sha256").update(bytes).digest("hex");
   return { pattern, mask: parseMask(new TextDecoder().decode(bytes), path), sha256 };
+}
+
+/** Steps of decoding that may be under way: enough to hide the way to a GPU and back, which takes two or three steps. */
+const IN_FLIGHT = 12;
+/** On a CPU there is nothing to hide, and what is under way at the end is lost. */
+const SOFTWARE_IN_FLIGHT = 2;
+
+/** Steps of decoding under way unless somebody says otherwise. */
+export function inFlightOf({ caps }: Gpu): number {
+  return caps.isSoftware ? SOFTWARE_IN_FLIGHT : IN_FLIGHT;
+}
+
+/**
+ * What times kernels, or passes where the device can; undefined where nothing is asked for.
+ * @throws LongformError where the device cannot time kernels
+ */
+export function openProfiler(gpu: Gpu, unit: ProfiledUnit | undefined): Profiler | undefined {
+  if (unit === undefined) return undefined;
+  if (gpu.caps.timestamps) return new Profiler(gpu, unit);
+  if (unit === "passes") return undefined;
+  throw new LongformError(`${gpu.caps.name} has no timestamp queries, which --profile needs`);
 }
