@@ -82,7 +82,10 @@ export interface SourceDocument<T> {
 }
 
 export interface ClassificationOptions {
-  /** Tokens to classify a document by, increasing: with several, each document is classified by each. All when left out. */
+  /**
+   * Tokens to classify a document by, increasing: with several, each document is classified by each. All when left out.
+   * Behind a template, no more than it leaves.
+   */
   readonly lengths?: readonly number[] | undefined;
   /**
    * Tokens of windows that do not overlap, each from position 0: the score head's outputs are averaged over them, by their
@@ -150,7 +153,7 @@ export async function* classifyDocuments<T>(
         waiting.push(Promise.resolve({ document, error: problem }));
         continue;
       }
-      const work = workOf(encoded, head, options);
+      const work = workOf(encoded, head, { ...options, lengths: limits.lengths });
       const results: Promise<JobResult>[] = [];
       for (const job of work.jobs) {
         await packs.makeRoom(job);
@@ -215,21 +218,21 @@ export function checkHead(model: Gpt2, classifier: Classifier, head: Head): void
 /** Tokens of a document that a run takes, and what is wrong with one that has too many. */
 function lengthLimits(model: Gpt2, head: Head, { lengths, window }: ClassificationOptions) {
   const { vocabSize } = model.config;
-  const { overhead, positions, cached } = roomOf(model, head);
+  const { positions, cached } = roomOf(model, head);
   const room = window === undefined ? Math.min(positions, cached) : Infinity;
-  const most = lengths?.at(-1);
+  // A template leaves less to documents: they are cut to what it leaves.
+  const cut = head.kind === "labels" ? lengths?.map((length) => Math.min(length, room)) : lengths;
+  const most = cut?.at(-1);
   const longest = window ?? most;
   if (longest !== undefined && longest > Math.min(positions, cached)) {
     throw longest > positions
-      ? tooManyPositions(
-        `A document of ${longest} tokens${overhead ? ` and ${overhead} of template and label` : ""}`,
-        model.positions,
-      )
+      ? tooManyPositions(`A document of ${longest} tokens`, model.positions)
       : new InputError(`There is room for documents of ${cached} tokens, not of ${longest}`, {
         hint: "plan for more with `--context`",
       });
   }
   return {
+    lengths: cut,
     /** One more than there is room for tells that a document has too many. */
     most: most ?? room + 1,
     problem({ ids }: EncodedText): string | undefined {

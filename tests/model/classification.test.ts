@@ -693,14 +693,14 @@ describe("labels as texts", () => {
         `the document has more than the ${room} tokens that there is room for: \`--max-tokens\` cuts it, ` +
         "`--context` makes room",
     });
-    const asked = (lengths: number[], other = head) =>
-      outcomesOf(model, sourceOf([]), { head: other, lengths });
-    await asked([room]);
-    await expect(asked([room + 1])).rejects.toThrow(
-      `room for documents of ${room} tokens, not of ${room + 1}`,
-    );
-    await expect(asked([680])).rejects.toThrow(
-      "A document of 680 tokens and 26 of template and label is longer than the model's 700 positions",
+    // What is asked for beyond that is cut to it.
+    const [cut] = await outcomesOf(model, sourceOf([document(680)]), { head, lengths: [5, 680] });
+    const [fitting] = await outcomesOf(model, sourceOf([document(680)]), { head, lengths: [5, room] });
+    expect(cut).toMatchObject({
+      classified: { tokens: room, truncated: true, beginnings: [{ tokens: 5 }, {}] },
+    });
+    expect("classified" in cut! && cut.classified.logits).toEqual(
+      "classified" in fitting! && fitting.classified.logits,
     );
     const wide = await modelOf();
     const many = outcomesOf(wide, sourceOf([]), { head: headOf(labelsOf(new Array(257).fill(1))) });
