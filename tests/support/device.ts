@@ -36,10 +36,14 @@ export function runnable<P>(gpu: Gpu, candidates: readonly Op<P>[]): Op<P>[] {
   return candidates.filter(({ kernel, variant }) => supports(kernel, variant, gpu.caps) === true);
 }
 
+/** Vectors of the published models' heads: larger ones are large. */
+const LARGE_HEAD_DIM4 = 16;
+
 /**
- * Candidates for attention that are tested with every size of head. Software Vulkan takes a second to compile one, and up
- * to minutes where loops are unrolled, so there it gets each kernel's most preferred variant and the last of all, and an
- * unrolled one only where heads are so small that most loops have one trip; other devices get all.
+ * Candidates for attention that are tested with every size of head. Software Vulkan takes a second to compile one, ten for
+ * large heads, and up to minutes where loops are unrolled, so there it gets each kernel's most preferred variant and, unless
+ * heads are large, the last of all, and an unrolled one only where heads are so small that most loops have one trip; other
+ * devices get all.
  */
 export function attentionOps<P>(
   gpu: Gpu,
@@ -49,8 +53,9 @@ export function attentionOps<P>(
   const rolled = runnable(gpu, candidates(false));
   const unrolled = runnable(gpu, candidates(true));
   if (!gpu.caps.isSoftware) return [...rolled, ...unrolled];
+  const isLarge = headDim4 > LARGE_HEAD_DIM4;
   const chosen = rolled.filter((op, i) =>
-    i === rolled.length - 1 || rolled.findIndex(({ kernel }) => kernel === op.kernel) === i
+    (i === rolled.length - 1 && !isLarge) || rolled.findIndex(({ kernel }) => kernel === op.kernel) === i
   );
   return [...chosen, ...(headDim4 === 1 ? unrolled.slice(-1) : [])];
 }
