@@ -43,7 +43,7 @@ describe("the head of a checkpoint", () => {
       checkpointLabels(writeTinyCheckpoint(join(folder.path, name), options).dir);
     expect(await labels("named", { classes: 3 })).toEqual(["class 0", "class 1", "class 2"]);
     expect(await labels("plain", { classes: 2, config: { id2label: [] } })).toEqual(["LABEL_0", "LABEL_1"]);
-    expect(await labels("none", {})).toBeUndefined();
+    await expect(labels("none", {})).rejects.toThrow("has no score head to classify with");
   });
 });
 
