@@ -614,14 +614,7 @@ export class ModelKernels {
     logits: GpuBuffer,
     p: { rows: number; vocab: number },
   ): void {
-    const inner = 4 * Math.ceil(this.#shape.width / 4);
-    for (const piece of head) {
-      this.#run(r, p.rows === 1 ? "lmHeadOne" : "lmHeadMany", { ...p, inner, piece }, {
-        x,
-        w: piece.buffer,
-        logits,
-      });
-    }
+    this.#applyHead(r, p.rows === 1 ? "lmHeadOne" : "lmHeadMany", x, head, logits, p);
   }
 
   /** `logits[rows, classes] = x[rows, width] · headᵀ`, each row by itself: how many there are changes no bit of it. */
@@ -632,11 +625,19 @@ export class ModelKernels {
     logits: GpuBuffer,
     p: { rows: number; classes: number },
   ): void {
+    this.#applyHead(r, "lmHeadMany", x, head, logits, { rows: p.rows, vocab: p.classes });
+  }
+
+  #applyHead(
+    r: Dispatcher,
+    role: "lmHeadOne" | "lmHeadMany",
+    x: GpuBuffer,
+    head: readonly RowPiece[],
+    logits: GpuBuffer,
+    p: { rows: number; vocab: number },
+  ): void {
     const inner = 4 * Math.ceil(this.#shape.width / 4);
-    for (const piece of head) {
-      const problem = { rows: p.rows, vocab: p.classes, inner, piece };
-      this.#run(r, "lmHeadMany", problem, { x, w: piece.buffer, logits });
-    }
+    for (const piece of head) this.#run(r, role, { ...p, inner, piece }, { x, w: piece.buffer, logits });
   }
 
   /** `out[row, width] = scale · Σ x[first … first + rows - 1, width]` for the segments from `firstSegment` on. */

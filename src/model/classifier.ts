@@ -55,7 +55,7 @@ export interface PackedDocument {
   readonly lengths: readonly number[];
 }
 
-/** Work that was handed over. */
+/** Work that was handed over; in a record, because awaiting a promise of a promise would wait for both. */
 export interface PendingPack<T> {
   readonly result: Promise<T>;
 }
@@ -63,7 +63,7 @@ export interface PendingPack<T> {
 export class Classifier {
   readonly #parts: ClassifierParts;
   #submitted = 0;
-  /** The pack before the last: the queue never empties, nor does it fill without bound. */
+  /** The submission before the last of a long document: the queue never empties, nor does it fill without bound. */
   #earlier: Promise<void> | undefined;
 
   constructor(parts: ClassifierParts) {
