@@ -8,6 +8,7 @@ import { DoesNotFitError, UsageError } from "../runtime/errors.ts";
 import { type Elem, firstSupported, type Op, op, supports } from "../runtime/kernel.ts";
 import type { Dispatcher } from "../runtime/pass.ts";
 import {
+  keptBySelection,
   selectCandidates,
   type SelectProblem,
   summarizeCandidates,
@@ -15,7 +16,11 @@ import {
 } from "./block_selection/block_selection.ts";
 import { divergenceCandidates, type DivergenceProblem } from "./divergence/divergence.ts";
 import { type EmbeddingProblem, positionRows, type RowRange, tokenRows } from "./embedding/embedding.ts";
-import { attentionCandidates, type FlashAttentionProblem } from "./flash_attention/flash_attention.ts";
+import {
+  type AttendedKeys,
+  attentionCandidates,
+  type FlashAttentionProblem,
+} from "./flash_attention/flash_attention.ts";
 import {
   type DecodeBlocks,
   splitKvCandidates,
@@ -28,6 +33,7 @@ import {
   layerNormGemv,
   type LayerNormGemvProblem,
   mergeGemv,
+  type MergeGemvProblem,
   plainGemv,
 } from "./gemv/gemv.ts";
 import { kvAppend, type KvAppendProblem } from "./kv_append/kv_append.ts";
@@ -49,7 +55,7 @@ import {
   type LogprobsProblem,
 } from "./sampling/sampling.ts";
 import { segmentSum, type SegmentSumProblem } from "./segment_sum/segment_sum.ts";
-import { type HeadRange, mostSplits } from "./shared/shared.ts";
+import { type HeadRange, type KeptBlocks, type KeptInHeads, mostSplits } from "./shared/shared.ts";
 
 /** What a model's size means for its kernels; `width` counts the columns that exist, the rest are padded to four. */
 export interface KernelShape {
@@ -91,7 +97,7 @@ interface RoleProblems {
   readonly topkDecodeAttention: TopkSplitKvProblem;
   readonly summarizeBlocks: SummarizeProblem;
   readonly selectBlocks: SelectProblem;
-  readonly decodeProjection: MatmulProblem;
+  readonly decodeProjection: MergeGemvProblem;
   readonly decodeHidden: LayerNormGemvProblem;
   readonly decodeOutput: MatmulProblem;
   readonly greedy: DrawProblem;
@@ -286,13 +292,20 @@ export interface KvView {
   readonly lists: GpuBuffer | undefined;
   /** What each query of a pack attends to, `[qLen]` of four u32 (`flash_attention/walk_segments.wgsl`). */
   readonly segments?: GpuBuffer | undefined;
+  /** What lists or segments leave to queries, for `Kernel.work`; called only when it is asked for. */
+  readonly attended?: ((p: AttentionPlace) => AttendedKeys) | undefined;
 }
+
+/** Which queries and heads a dispatch of attention is for. */
+export type AttentionPlace = Pick<FlashAttentionProblem, "range" | "qLen" | "firstPosition">;
 
 /** The same with the tables of several sequences, `[sequences, tableBlocks]`. */
 export interface BatchKvView extends KvView {
   readonly tableBlocks: number;
   /** `[sequences, heads, 1 + tableBlocks]` u32, where blocks are selected. */
   readonly selected: GpuBuffer | undefined;
+  /** What lists leave to the newest token of a sequence of that length, head by head, for `Kernel.work`. */
+  readonly kept?: ((range: HeadRange, length: number) => readonly KeptBlocks[]) | undefined;
 }
 
 /** How many blocks each sequence keeps where they are selected. */
@@ -300,6 +313,13 @@ export interface BlockSelection {
   readonly keep: number;
   /** Sequences of fewer blocks keep all of them. */
   readonly leastBlocks: number;
+}
+
+/** What each head of a range attends to in decoding; undefined where that is everything. */
+function keptIn(kv: BatchKvView, range: HeadRange, selection?: BlockSelection): KeptInHeads | undefined {
+  if (selection) return keptBySelection(selection, range.heads);
+  const { kept } = kv;
+  return kept && ((length) => kept(range, length));
 }
 
 /** Rows of a table too large for one binding, in several buffers of whole rows. */
@@ -432,8 +452,9 @@ export class ModelKernels {
     count: number,
   ): void {
     for (const [role, pieces] of [["tokenRows", wte], ["positionRows", wpe]] as const) {
+      const tableRows = pieces.reduce((sum, { rows }) => sum + rows, 0);
       for (const piece of pieces) {
-        this.#run(r, role, { tokens: count, piece }, { tokens, rows: piece.buffer, x });
+        this.#run(r, role, { tokens: count, piece, tableRows }, { tokens, rows: piece.buffer, x });
       }
     }
   }
@@ -476,10 +497,10 @@ export class ModelKernels {
     out: GpuBuffer,
     p: { qLen: number; firstPosition: number; scale: number },
   ): void {
-    const { blocks, table, lists, segments } = kv;
+    const { blocks, table, lists, segments, attended } = kv;
     for (const { range, k, v } of kv.parts) {
       const buffers = { qkv, k, v, block_table: table, out };
-      const problem = { ...p, blocks, range };
+      const problem = { ...p, blocks, range, attended: attended && (() => attended({ ...p, range })) };
       if (lists) this.#run(r, "sparseAttention", problem, { ...buffers, block_lists: lists });
       else if (segments) this.#run(r, "packedAttention", problem, { ...buffers, segments });
       else this.#run(r, "attention", problem, buffers);
@@ -557,7 +578,7 @@ export class ModelKernels {
     const { qkv, sequences, partialOut, partialMl } = buffers;
     const { blocks, tableBlocks, table, lists, selected } = kv;
     for (const { range, k, v } of kv.parts) {
-      const problem = { ...p, blocks, tableBlocks, range };
+      const problem = { ...p, blocks, tableBlocks, range, kept: keptIn(kv, range, selection) };
       const bound = {
         qkv,
         k,
@@ -575,11 +596,23 @@ export class ModelKernels {
     }
   }
 
-  /** `x[rows, width] += attention · w + bias`, of the slices that `decodeAttention` left. */
-  mergedGemv(r: Dispatcher, buffers: DecodeBuffers, layer: Linear, x: GpuBuffer, rows: number): void {
+  /**
+   * `x[rows, width] += attention · w + bias`, of the slices that `decodeAttention` left.
+   * @param kv with `selection`, what that was given: `Kernel.work` counts the slices of all blocks without
+   */
+  mergedGemv(
+    r: Dispatcher,
+    buffers: DecodeBuffers,
+    layer: Linear,
+    x: GpuBuffer,
+    rows: number,
+    kv?: BatchKvView,
+    selection?: BlockSelection,
+  ): void {
     const { w, bias, inner, columns } = layer;
     const { sequences, partialOut, partialMl } = buffers;
-    this.#run(r, "decodeProjection", { rows, inner, columns }, {
+    const kept = kv && keptIn(kv, { first: 0, heads: this.#shape.heads }, selection);
+    this.#run(r, "decodeProjection", { rows, inner, columns, kept }, {
       partial_out: partialOut,
       partial_ml: partialMl,
       sequences,
@@ -646,7 +679,7 @@ export class ModelKernels {
     x: GpuBuffer,
     segments: GpuBuffer,
     out: GpuBuffer,
-    p: { segments: number; firstSegment: number },
+    p: { segments: number; firstSegment: number; summedRows?: number },
   ): void {
     if (p.segments === 0) return;
     const width = 4 * Math.ceil(this.#shape.width / 4);

@@ -17,11 +17,12 @@
  * exact up to 2⁵³. What a shader computes stays below: it counts vectors within one binding.
  */
 import type { BatchKvView, KvBuffers, KvView } from "../kernels/index.ts";
-import { KV_BLOCK } from "../kernels/shared/shared.ts";
+import { type HeadRange, KV_BLOCK } from "../kernels/shared/shared.ts";
 import { allocate, type GpuBuffer, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { UploadRing } from "../runtime/upload_ring.ts";
+import { attendedByLists, keptByLists } from "./attended.ts";
 import { packLists } from "./block_lists.ts";
 import {
   headBytes,
@@ -33,6 +34,7 @@ import {
   selectedSpecs,
   tableSpecs,
 } from "./layout.ts";
+import type { BlockLists } from "./patterns.ts";
 import { layerLists, type Sparsity } from "./sparsity.ts";
 
 /** Bytes read back at a time. */
@@ -56,6 +58,8 @@ export class KvCache {
   readonly #layers: readonly (readonly KvBuffers[])[];
   /** Block lists of each layer, which layers may share; none without. */
   readonly #lists: readonly GpuBuffer[];
+  /** What is in those, made again by whoever counts what it leaves. */
+  readonly #counted = new Map<GpuBuffer, readonly BlockLists[]>();
   /** With `topk`. */
   readonly #selected: GpuBuffer | undefined;
   readonly #lengths: number[];
@@ -183,7 +187,13 @@ export class KvCache {
   layer(i: number, sequence = 0): KvView {
     this.lengthOf(sequence); // or there is no such sequence
     const table = this.#tables[this.sequences === 1 ? 0 : 1 + sequence]!;
-    return { parts: this.#parts(i), table, blocks: this.#layout.blocks, lists: this.#lists[i] };
+    return {
+      parts: this.#parts(i),
+      table,
+      blocks: this.#layout.blocks,
+      lists: this.#lists[i],
+      attended: this.#lists[i] && ((p) => attendedByLists(this.#listsOf(i, p.range), p)),
+    };
   }
 
   /** A layer with the tables of all sequences, one after another. */
@@ -196,7 +206,17 @@ export class KvCache {
       tableBlocks: sequenceBlocks,
       lists: this.#lists[i],
       selected: this.#selected,
+      kept: this.#lists[i] && ((range, length) => keptByLists(this.#listsOf(i, range), length)),
     };
+  }
+
+  /** The block lists of some heads of a layer that has any. */
+  #listsOf(layer: number, { first, heads }: HeadRange): readonly BlockLists[] {
+    const { sparsity, shape, sequenceBlocks } = this.#layout;
+    const buffer = this.#lists[layer]!;
+    let lists = this.#counted.get(buffer);
+    if (!lists) this.#counted.set(buffer, lists = layerLists(sparsity, layer, shape.heads, sequenceBlocks));
+    return lists.slice(first, first + heads);
   }
 
   #parts(i: number): readonly KvBuffers[] {

@@ -6,6 +6,8 @@ import { GpuBuffer, upload } from "./buffers.ts";
 import type { Capabilities, Gpu } from "./device.ts";
 import { IMMEDIATE_BYTES } from "./device.ts";
 import { DoesNotFitError, ShaderError } from "./errors.ts";
+import type { ArithmeticUnit } from "./profiler.ts";
+import { timed } from "./timeline.ts";
 
 /** How tensors are stored; all arithmetic is in f32 whichever it is. */
 export type Elem = "f16" | "f32";
@@ -36,6 +38,25 @@ export interface ShaderHeader {
 export type Grid = readonly [x: number, y: number, z: number];
 
 /**
+ * What no implementation of a dispatch can do without: the floor under its time, which `--profile` compares it with.
+ * Rows count as they are stored, with the columns that pad them to a multiple of four; what pads tiles does not.
+ */
+export interface Work {
+  /**
+   * Bytes of device memory: of each tensor what the result depends on, read once, and the result, written once; what
+   * is added to in place is read and written. Left out is what only says which rows are meant, and how many: block
+   * tables and lists, segments, ids, lengths.
+   */
+  readonly bytes: number;
+  /**
+   * Floating-point operations in the sums of products of matrices and attention, a multiplication and an addition
+   * being two. Left out is what is done to each element that is read: norms, exponentials, activations, sums of rows
+   * and of slices.
+   */
+  readonly flops: number;
+}
+
+/**
  * A kernel with variants `V` and problems `P`. Bindings and parameters are listed once, here: the layout, the WGSL
  * `Params` struct and the order of the host's values all come from these lists.
  */
@@ -59,6 +80,11 @@ export interface Kernel<V, P> {
   workgroupInvocations(v: V): number;
   values(v: V, p: P): Readonly<Record<string, number>>;
   grid(v: V, p: P): Grid;
+  /**
+   * @param lengths where the GPU keeps them: tokens of each sequence, with those that the dispatch adds; none where
+   * nobody knows them, and then what depends on them does not count
+   */
+  work(v: V, p: P, lengths: readonly number[]): Work;
 }
 
 const NEEDS_F16 = "needs the shader-f16 feature";
@@ -172,6 +198,7 @@ export interface Pipeline {
   readonly bindings: readonly string[];
   readonly params: readonly (readonly [name: string, type: "u32" | "f32"])[];
   readonly paramsIn: "immediates" | "uniform";
+  readonly unit: ArithmeticUnit;
   readonly handle: GPUComputePipeline;
   readonly layout: GPUBindGroupLayout;
 }
@@ -196,7 +223,9 @@ export class PipelineCache {
     const key = `${kernel.name}\n${renderHeader(kernel, v)}`;
     let compiling = this.#compiling.get(key);
     if (!compiling) {
-      compiling = compile(this.#gpu, kernel, v, this.#compiling.size).then((pipeline) => {
+      const id = this.#compiling.size;
+      compiling = timed(this.#gpu.timeline, "compilation", kernel.name, async () => {
+        const pipeline = await compile(this.#gpu, kernel, v, id);
         this.#ready.set(key, pipeline);
         return pipeline;
       });
@@ -356,6 +385,7 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, id: number): 
       bindings: Object.keys(kernel.bindings),
       params: Object.entries(kernel.params),
       paramsIn: kernel.paramsIn ?? "immediates",
+      unit: kernel.header(v).subgroupMatrix ? "matrix" : "fma",
       handle: await gpu.wait(pipeline),
       layout,
     };

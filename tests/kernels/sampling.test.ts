@@ -391,6 +391,7 @@ describe("random numbers", () => {
     workgroupInvocations: () => 1,
     values: () => ({ one: 1 }),
     grid: (_, p) => [p.n, 1, 1],
+    work: () => ({ bytes: 0, flops: 0 }),
   };
 
   test("are those of the paper's authors and of the host, whatever step and seed", async () => {

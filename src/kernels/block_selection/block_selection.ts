@@ -6,10 +6,13 @@ import {
   op,
   type ShaderFile,
   sizeOf,
+  type Work,
 } from "../../runtime/kernel.ts";
 import {
   aligned,
   type HeadRange,
+  type KeptBlocks,
+  type KeptInHeads,
   KV_BLOCK,
   sequenceStruct,
   subgroupRowSum,
@@ -90,6 +93,29 @@ export interface SelectProblem {
   readonly range: HeadRange;
 }
 
+/** How many blocks a sequence keeps: `SelectProblem` says what the two are. */
+type SelectionRule = Pick<SelectProblem, "keep" | "leastBlocks">;
+
+/** What a step does with the blocks of a sequence, in each head. */
+export interface SelectionCounts {
+  /** Blocks that it keeps, and of those that it chooses among for that, all of which it gives a score. */
+  readonly kept: number;
+  readonly scored: number;
+}
+
+/** @param length tokens of the sequence, the new one among them */
+export function selectionCounts({ keep, leastBlocks }: SelectionRule, length: number): SelectionCounts {
+  const blocks = Math.ceil(length / KV_BLOCK);
+  if (blocks <= keep || blocks < leastBlocks) return { kept: blocks, scored: 0 };
+  return { kept: keep, scored: blocks - (LEAST_KEPT - 1) };
+}
+
+/** The blocks that are selected, in each of so many heads. */
+export function keptBySelection(rule: SelectionRule, heads: number): KeptInHeads {
+  return (length) =>
+    new Array<KeptBlocks>(heads).fill({ before: selectionCounts(rule, length).kept - 1, own: true });
+}
+
 const file = (name: string, text: string): ShaderFile => ({ file: `block_selection/${name}.wgsl`, text });
 
 const summary = file("block_summary", summaryText);
@@ -121,6 +147,11 @@ function summaryWorkgroupBytes(v: SummarizeVariant): number {
   return 16 * rowGroups * columns;
 }
 
+/** Bytes of one block's keys in one head, and of its summary. */
+function summarizingBytes({ elem, headDim4 }: SummarizeVariant): number {
+  return KV_BLOCK * 4 * headDim4 * sizeOf(elem) + summaryBytes(elem, headDim4);
+}
+
 /**
  * Summaries of complete blocks: of the keys of each block and head the mean of every column and its standard
  * deviation (population), in `summaries[heads here, blocks, 2, headDim]`, by where the block is in memory.
@@ -143,6 +174,7 @@ export const summarizeBlocks: Kernel<SummarizeVariant, SummarizeProblem> = {
     one: 1,
   }),
   grid: (_, p) => [p.count, p.range.heads, 1],
+  work: (v, p) => ({ bytes: p.count * p.range.heads * summarizingBytes(v), flops: 0 }),
 };
 
 const rule = file("rule", ruleText);
@@ -209,6 +241,32 @@ const selecting = {
 } as const;
 
 /**
+ * A step reads the summaries of the blocks that it gives a score, and writes that of the block that has become
+ * complete.
+ * @param wordsOf words of `selected` that are written for a head
+ */
+function selectingWork(
+  v: SummarizeVariant,
+  p: SelectProblem,
+  lengths: readonly number[],
+  wordsOf: (counts: SelectionCounts) => number,
+): Work {
+  const { elem, headDim4 } = v;
+  let bytes = 0;
+  let flops = 0;
+  for (const length of lengths) {
+    const counts = selectionCounts(p, length);
+    const { scored } = counts;
+    const query = scored > 0 ? 4 * headDim4 * sizeOf(elem) : 0;
+    const hasCompleted = length > 1 && length % KV_BLOCK === 1;
+    bytes += query + scored * summaryBytes(elem, headDim4) + 4 * wordsOf(counts) +
+      (hasCompleted ? summarizingBytes(v) : 0);
+    flops += 2 * 2 * 4 * headDim4 * scored; // with means and with spreads
+  }
+  return { bytes: p.range.heads * bytes, flops: p.range.heads * flops };
+}
+
+/**
  * The blocks of keys that each sequence and head attends to in one step of decoding, in the spirit of Quest
  * (Tang et al. 2024) with other summaries: `selected[sequences, heads, 1 + tableBlocks]` gets the number of
  * blocks, and then the blocks themselves in ascending order, counted from the sequence's beginning.
@@ -242,6 +300,7 @@ export const selectBlocks: Kernel<SelectVariant, SelectProblem> = {
     blockSearch.workgroupBytes(v) +
     summaryWorkgroupBytes(v),
   grid: (_, p) => [p.range.heads, p.sequences, 1],
+  work: (v, p, lengths) => selectingWork(v, p, lengths, ({ kept }) => 1 + kept),
 };
 
 /** Blocks that a workgroup scores. */
@@ -258,6 +317,8 @@ const scoring = {
     p.range.heads,
     p.sequences,
   ],
+  work: (v: ScoreVariant, p: SelectProblem, lengths: readonly number[]) =>
+    selectingWork(v, p, lengths, ({ scored }) => scored),
 } as const;
 
 function scoreConsts(v: ScoreVariant) {

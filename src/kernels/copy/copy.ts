@@ -20,4 +20,5 @@ export const copyBytes: Kernel<object, CopyProblem> = {
   workgroupInvocations: () => LANES,
   values: (_, p) => ({ vectors: p.bytes / 16 }),
   grid: (_, p) => foldGrid(Math.ceil(p.bytes / (16 * LANES))),
+  work: (_, p) => ({ bytes: 2 * p.bytes, flops: 0 }),
 };

@@ -40,6 +40,7 @@ export const divergence: Kernel<DivergenceVariant, DivergenceProblem> = {
   workgroupInvocations: (v) => v.lanes,
   values: (_, p) => ({ rows: p.rows, vocab: p.vocab, first_row: p.firstRow }),
   grid: (_, p) => foldGrid(p.rows),
+  work: (_, p) => ({ bytes: p.rows * (2 * 4 * p.vocab + DIVERGENCE_BYTES), flops: 0 }),
 };
 
 /** `unroll` is false on software adapters only, where the cost of a barrier grows with the lanes. */

@@ -1,4 +1,4 @@
-import type { Elem, Kernel, ShaderFile } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, type ShaderFile, sizeOf, type Work } from "../../runtime/kernel.ts";
 import { foldedGrid, foldGrid, GRID_FOLD } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import positionRowsText from "./position_rows.wgsl" with { type: "text" };
@@ -19,6 +19,8 @@ export interface RowRange {
 export interface EmbeddingProblem {
   readonly tokens: number;
   readonly piece: RowRange;
+  /** Rows of all pieces, for `work`; those of this one when left out. */
+  readonly tableRows?: number;
 }
 
 /** Where a token's position lies in the table of position embeddings. */
@@ -55,11 +57,26 @@ const common = {
   grid: (_: unknown, p: EmbeddingProblem) => foldGrid(p.tokens),
 } as const;
 
+/**
+ * Which rows tokens take is not in the problem: they count as different ones, though never more than there are, and
+ * as spread evenly over the pieces of a table.
+ * @param accesses how often a row of `x` is read or written
+ */
+function rowsWork(
+  { elem, width4 }: EmbeddingVariant,
+  { tokens, piece, tableRows = piece.rows }: EmbeddingProblem,
+  accesses: number,
+): Work {
+  const here = tokens * piece.rows / tableRows;
+  return { bytes: 4 * width4 * (Math.min(here, piece.rows) * sizeOf(elem) + accesses * 4 * here), flops: 0 };
+}
+
 /** `x[tokens, width] = wte[ids]` in f32, for the ids in one piece of the table. */
 export const tokenRows: Kernel<EmbeddingVariant, EmbeddingProblem> = {
   name: "embedding/token_rows",
   sources: [bindings, { file: "embedding/token_rows.wgsl", text: tokenRowsText }, foldedGrid],
   ...common,
+  work: (v, p) => rowsWork(v, p, 1),
 };
 
 /** Adds the position embeddings to `x`, for the rows in one piece of the table. */
@@ -67,4 +84,5 @@ export const positionRows: Kernel<EmbeddingVariant, EmbeddingProblem> = {
   name: "embedding/position_rows",
   sources: [bindings, { file: "embedding/position_rows.wgsl", text: positionRowsText }, foldedGrid],
   ...common,
+  work: (v, p) => rowsWork(v, p, 2),
 };

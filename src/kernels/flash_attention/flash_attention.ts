@@ -6,9 +6,11 @@ import {
   op,
   type ShaderFile,
   type ShaderHeader,
+  sizeOf,
 } from "../../runtime/kernel.ts";
 import {
   blockListsHelper,
+  causalPairs,
   type HeadRange,
   KV_BLOCK,
   kvBlocks,
@@ -58,6 +60,41 @@ export interface FlashAttentionProblem {
   readonly range: HeadRange;
   /** Factor on the scores, 1/√headDim for GPT-2. */
   readonly scale: number;
+  /** What lists or segments leave, for `work`, which counts no keys without it. */
+  readonly attended?: (() => AttendedKeys) | undefined;
+}
+
+/** What the queries of a dispatch attend to, over all of its heads. */
+export interface AttendedKeys {
+  /** Pairs of a query and a key that it attends to. */
+  readonly pairs: number;
+  /** Keys that some query attends to. */
+  readonly keys: number;
+}
+
+/**
+ * What the queries of a pack attend to, those of rows that only fill up a block too.
+ * @param segments `[qLen, 4]`, as `walk_segments.wgsl` describes them
+ */
+export function packAttended(
+  segments: Uint32Array,
+  { range, firstPosition }: Pick<FlashAttentionProblem, "range" | "firstPosition">,
+): AttendedKeys {
+  const isSeen = new Uint8Array(firstPosition + segments.length / 4);
+  let pairs = 0;
+  for (let at = 0; at < segments.length; at += 4) {
+    const sharedFirst = segments[at]!;
+    const sharedEnd = segments[at + 1]!;
+    const start = segments[at + 3]!;
+    const place = firstPosition + at / 4;
+    pairs += sharedEnd - sharedFirst + place + 1 - start;
+    // Most queries see what the one before does, and themselves.
+    const isAsBefore = (i: number) => at > 0 && segments[at + i] === segments[at + i - 4];
+    if (!isAsBefore(0) || !isAsBefore(1)) isSeen.fill(1, sharedFirst, sharedEnd);
+    isSeen.fill(1, isAsBefore(3) ? place : start, place + 1);
+  }
+  const keys = isSeen.reduce((sum, seen) => sum + seen, 0);
+  return { pairs: range.heads * pairs, keys: range.heads * keys };
 }
 
 export interface RegisterTiledVariant {
@@ -104,9 +141,19 @@ const WALKS: Readonly<
     readonly sources: readonly ShaderFile[];
     /** Behind those of all texts. */
     readonly bindings: Readonly<Record<string, "read">>;
+    /** Over all heads of a dispatch. */
+    attended(p: FlashAttentionProblem): AttendedKeys;
   }>
 > = {
-  all: { prefix: "", sources: [file("walk_all", walkAllText), queryTiles, causal], bindings: {} },
+  all: {
+    prefix: "",
+    sources: [file("walk_all", walkAllText), queryTiles, causal],
+    bindings: {},
+    attended: ({ qLen, firstPosition, range: { heads } }) => ({
+      pairs: heads * causalPairs(qLen, firstPosition),
+      keys: heads * (firstPosition + qLen),
+    }),
+  },
   lists: {
     prefix: "sparse_",
     sources: [
@@ -116,6 +163,7 @@ const WALKS: Readonly<
       causal,
     ],
     bindings: { block_lists: "read" },
+    attended: attendedAsTold,
   },
   segments: {
     prefix: "packed_",
@@ -125,8 +173,13 @@ const WALKS: Readonly<
       queryTiles,
     ],
     bindings: { segments: "read" },
+    attended: attendedAsTold,
   },
 };
+
+function attendedAsTold({ attended }: FlashAttentionProblem): AttendedKeys {
+  return attended?.() ?? { pairs: 0, keys: 0 };
+}
 
 /** What the kernels of one text differ in, whatever they walk over. */
 interface AttentionText<V> {
@@ -134,6 +187,8 @@ interface AttentionText<V> {
   readonly sources: readonly ShaderFile[];
   /** Queries of a workgroup; divides a block of the cache where lists or segments are walked. */
   tileQ(v: V): number;
+  /** How the heads of queries, keys and values are stored. */
+  head(v: V): { readonly elem: Elem; readonly headDim4: number };
   header(v: V): ShaderHeader;
   workgroupBytes(v: V): number;
   workgroupInvocations(v: V): number;
@@ -145,7 +200,7 @@ function attentionKernel<V>(
   text: AttentionText<V>,
   walk: AttentionWalk,
 ): Kernel<V, FlashAttentionProblem> {
-  const { prefix, sources, bindings } = WALKS[walk];
+  const { prefix, sources, bindings, attended } = WALKS[walk];
   return {
     name: `flash_attention/${prefix}${text.name}`,
     sources: [...text.sources, ...sources, file("normalized", normalizedText), kvBlocks],
@@ -182,6 +237,12 @@ function attentionKernel<V>(
       const before = walk === "lists" ? firstPosition % tile : 0;
       return text.grid(v, range.heads, Math.ceil((before + qLen) / tile));
     },
+    work(v, p) {
+      const { elem, headDim4 } = text.head(v);
+      const { pairs, keys } = attended(p);
+      const rows = 2 * p.range.heads * p.qLen + 2 * keys; // q, out; k, v
+      return { bytes: rows * 4 * headDim4 * sizeOf(elem), flops: 2 * 2 * 4 * headDim4 * pairs };
+    },
   };
 }
 
@@ -200,6 +261,7 @@ const tiledText: AttentionText<FlashAttentionVariant> = {
   name: "tiled",
   sources: [bindings, file("tiled", tiledShader), tripsHelper],
   tileQ: (v) => v.tileQ,
+  head: (v) => v,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
@@ -225,6 +287,7 @@ const registerTiledText: AttentionText<RegisterTiledVariant> = {
   name: "register_tiled",
   sources: [bindings, file("register_tiled", registerTiledShader), tripsHelper],
   tileQ: (v) => v.tileQ,
+  head: (v) => v,
   header: (v) => ({
     aliases: { elem: v.elem },
     consts: {
@@ -268,6 +331,7 @@ const subgroupMatrixText: AttentionText<SubgroupMatrixAttentionVariant> = {
     file("subgroup_matrix", subgroupMatrixShader),
   ],
   tileQ: (v) => 32 * v.subgroups,
+  head: () => ({ elem: "f16", headDim4: 16 }),
   header: (v) => ({
     aliases: { elem: "f16" },
     subgroupMatrix: true,
@@ -295,6 +359,7 @@ const subgroupText: AttentionText<SubgroupAttentionVariant> = {
   name: "subgroup",
   sources: [bindings, file("subgroup", subgroupShader), subgroupRows, tripsHelper],
   tileQ: (v) => 2 * v.subgroup,
+  head: (v) => v,
   header: (v) => ({
     aliases: { elem: v.elem },
     subgroup: v.subgroup,

@@ -6,14 +6,25 @@ import {
   type Op,
   op,
   type ShaderFile,
+  sizeOf,
+  type Work,
 } from "../../runtime/kernel.ts";
-import { type BlockSearch, blockSearch, subgroupBlockSearch } from "../block_selection/block_selection.ts";
+import {
+  type BlockSearch,
+  blockSearch,
+  keptBySelection,
+  selectionCounts,
+  subgroupBlockSearch,
+} from "../block_selection/block_selection.ts";
 import {
   aligned,
   blockListsHelper,
   type HeadRange,
+  keptByAll,
+  type KeptInHeads,
   KV_BLOCK,
   MAX_SPLITS,
+  partialBytes,
   sequenceStruct,
   splitsHelper,
   subgroupRowSum,
@@ -78,6 +89,8 @@ export interface SplitKvProblem {
   readonly scale: number;
   /** The heads in the bound buffers; no others are computed. */
   readonly range: HeadRange;
+  /** What is listed or selected, for `work`, which counts no keys of such kernels without it. */
+  readonly kept?: KeptInHeads | undefined;
 }
 
 export interface TopkSplitKvProblem extends SplitKvProblem {
@@ -97,21 +110,59 @@ const tablePlaces = file("table_places", tablePlacesText);
 
 /** What the kernels differ in by the blocks that they walk over. */
 const BLOCKS = {
-  all: { prefix: "", sources: [file("all_blocks", allBlocksText)], bindings: {} },
+  all: {
+    prefix: "",
+    sources: [file("all_blocks", allBlocksText)],
+    bindings: {},
+    kept: ({ range }: SplitKvProblem) => keptByAll(range.heads),
+  },
   listed: {
     prefix: "sparse_",
     sources: [file("listed_blocks", listedBlocksText), blockListsHelper],
     bindings: { block_lists: "read" },
+    kept: keptAsTold,
   },
   selected: {
     prefix: "topk_",
     sources: [file("selected_blocks", selectedBlocksText)],
     bindings: { selected: "read" },
+    kept: keptAsTold,
   },
 } as const satisfies Record<
   DecodeBlocks,
-  { prefix: string; sources: readonly ShaderFile[]; bindings: Kernel<never, never>["bindings"] }
+  {
+    prefix: string;
+    sources: readonly ShaderFile[];
+    bindings: Kernel<never, never>["bindings"];
+    kept(p: SplitKvProblem): KeptInHeads;
+  }
 >;
+
+function keptAsTold({ kept = () => [] }: SplitKvProblem): KeptInHeads {
+  return kept;
+}
+
+/** A step over the blocks that are kept: the new token's key and value come with its query, not from the cache. */
+function splitKvWork(
+  v: CommonVariant,
+  p: SplitKvProblem,
+  lengths: readonly number[],
+  keptIn: KeptInHeads,
+): Work {
+  const headDim = 4 * v.headDim4;
+  const heads = p.sequences * p.range.heads;
+  const all = lengths.flatMap((length) => keptIn(length).map((kept) => ({ ...kept, length })));
+  const cached = all.reduce(
+    (sum, { before, own, length }) => sum + before * KV_BLOCK + (own ? (length - 1) % KV_BLOCK : 0),
+    0,
+  );
+  const keys = cached + all.filter(({ own }) => own).length;
+  const rows = (3 + 2) * heads + 2 * cached; // q, the new key and value, which are written too; k, v
+  return {
+    bytes: rows * headDim * sizeOf(v.elem) + partialBytes(v, heads, all),
+    flops: 2 * 2 * headDim * keys,
+  };
+}
 
 /** What all kernels have, whatever their text and their blocks. */
 const splitting = {
@@ -159,6 +210,7 @@ function splitKvKernels<V extends CommonVariant>(text: SplitKvText<V>): ByBlocks
     bindings: { ...splitting.bindings, ...BLOCKS[blocks].bindings },
     header,
     workgroupBytes,
+    work: (v, p, lengths) => splitKvWork(v, p, lengths, BLOCKS[blocks].kept(p)),
   });
   return { all: kernel("all"), listed: kernel("listed"), selected: kernel("selected") };
 }
@@ -185,6 +237,12 @@ function choosingKernel<C extends V & Choosing, V extends CommonVariant & { read
       text.workgroupBytes(v) +
       search.workgroupBytes(v) +
       aligned(4 * Math.ceil(v.capacity / v.maxSplits)), // slice_places
+    work(v, p, lengths) {
+      const { heads } = p.range;
+      const { bytes, flops } = splitKvWork(v, p, lengths, keptBySelection(p, heads));
+      const scored = lengths.reduce((sum, length) => sum + selectionCounts(p, length).scored, 0);
+      return { bytes: bytes + 4 * heads * scored, flops };
+    },
   };
 }
 

@@ -1,6 +1,29 @@
-import { distinct, type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
-import { type Epilogue, epilogueFile, EPILOGUES, type MatmulProblem, storeFile } from "../matmul/matmul.ts";
-import { existingColumns, KV_BLOCK, sequenceStruct, workgroupSum } from "../shared/shared.ts";
+import {
+  distinct,
+  type Elem,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+  sizeOf,
+} from "../../runtime/kernel.ts";
+import {
+  type Epilogue,
+  epilogueFile,
+  EPILOGUES,
+  type MatmulProblem,
+  productWork,
+  storeFile,
+} from "../matmul/matmul.ts";
+import {
+  existingColumns,
+  keptByAll,
+  type KeptInHeads,
+  KV_BLOCK,
+  partialBytes,
+  sequenceStruct,
+  workgroupSum,
+} from "../shared/shared.ts";
 import finishSubgroupText from "./finish_subgroup.wgsl" with { type: "text" };
 import finishWorkgroupText from "./finish_workgroup.wgsl" with { type: "text" };
 import gemvText from "./gemv.wgsl" with { type: "text" };
@@ -49,6 +72,11 @@ export interface LayerNormGemvProblem extends MatmulProblem {
   readonly epsilon: number;
 }
 
+export interface MergeGemvProblem extends MatmulProblem {
+  /** What the attention before attended to, for `work`; all blocks when left out. */
+  readonly kept?: KeptInHeads | undefined;
+}
+
 /**
  * How a kernel of the family shares its work: `subgroup` adds up by shuffles among subgroups of 32 lanes, `workgroup`
  * through workgroup memory, and `software` does not share sums at all.
@@ -74,6 +102,8 @@ interface Prologue<V, P> {
   readonly bindings: Readonly<Record<string, "read" | "read_write">>;
   readonly params: Readonly<Record<string, "u32" | "f32">>;
   values(p: P): Readonly<Record<string, number>>;
+  /** Bytes of what `x` is made of. */
+  xBytes(v: V, p: P, lengths: readonly number[]): number;
   consts(v: V): Readonly<Record<string, number>>;
   workgroupBytes(v: V, form: Form): number;
 }
@@ -122,6 +152,7 @@ function gemvKernel<V extends GemvVariant, P extends MatmulProblem>(
     workgroupInvocations: lanesOf,
     values: (_, p) => ({ rows: p.rows, columns4: p.columns / 4, ...prologue.values(p) }),
     grid: (v, p) => [Math.ceil(p.columns / (4 * v.strip4)), Math.ceil(p.rows / v.rows), 1],
+    work: (v, p, lengths) => productWork(v, p, prologue.xBytes(v, p, lengths)),
   };
 }
 
@@ -151,6 +182,7 @@ export const layerNormGemv = ofEachForm<LayerNormGemvVariant, LayerNormGemvProbl
   bindings: { x: "read", gain: "read", shift: "read" },
   params: { epsilon: "f32" },
   values: ({ epsilon }) => ({ epsilon }),
+  xBytes: (_, { rows, inner }) => 4 * inner * (rows + 2), // x; gain, shift
   consts: ({ width }) => ({ WIDTH: width }),
   // moments and, but for subgroups, lane_values
   workgroupBytes: (v, form) => 16 * Math.ceil(v.rows / 2) + (form === "subgroup" ? 0 : 4 * lanesOf(v)),
@@ -166,7 +198,7 @@ const mergeFiles = [
  * `out[rows, columns] = epilogue(x · w + bias)` where `x[rows, heads, headDim]` is the attention of one query a row,
  * merged from the slices of `flash_decode/split_kv`.
  */
-export const mergeGemv = ofEachForm<MergeGemvVariant, MatmulProblem>({
+export const mergeGemv = ofEachForm<MergeGemvVariant, MergeGemvProblem>({
   name: "merge",
   sources: {
     subgroup: [...mergeFiles, file("merge_subgroup", mergeSubgroupText)],
@@ -176,6 +208,8 @@ export const mergeGemv = ofEachForm<MergeGemvVariant, MatmulProblem>({
   bindings: { partial_out: "read", partial_ml: "read", sequences: "read" },
   params: {},
   values: () => ({}),
+  xBytes: (v, { rows, kept = keptByAll(v.heads) }, lengths) =>
+    partialBytes(v, rows * v.heads, lengths.flatMap(kept)),
   consts: ({ heads, headDim4, maxSplits }) => ({
     HEADS: heads,
     HEAD_DIM4: headDim4,
@@ -194,6 +228,7 @@ export const plainGemv = ofEachForm<GemvVariant, MatmulProblem>({
   bindings: { x: "read" },
   params: {},
   values: () => ({}),
+  xBytes: ({ elem }, { rows, inner }) => rows * inner * sizeOf(elem),
   consts: () => ({}),
   workgroupBytes: () => 0,
 });

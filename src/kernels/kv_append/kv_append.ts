@@ -1,4 +1,4 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, sizeOf } from "../../runtime/kernel.ts";
 import { foldedGrid, foldGrid, GRID_FOLD, type HeadRange, KV_BLOCK, kvBlocks } from "../shared/shared.ts";
 import text from "./kv_append.wgsl" with { type: "text" };
 
@@ -38,4 +38,5 @@ export const kvAppend: Kernel<KvAppendVariant, KvAppendProblem> = {
     range_heads: p.range.heads,
   }),
   grid: (_, p) => foldGrid(p.tokens),
+  work: (v, p) => ({ bytes: 2 * 2 * p.tokens * p.range.heads * 4 * v.headDim4 * sizeOf(v.elem), flops: 0 }),
 };

@@ -1,4 +1,4 @@
-import type { Elem, Kernel } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, sizeOf } from "../../runtime/kernel.ts";
 import { existingColumns, foldedGrid, foldGrid, GRID_FOLD, workgroupSum } from "../shared/shared.ts";
 import text from "./layer_norm.wgsl" with { type: "text" };
 
@@ -28,4 +28,8 @@ export const layerNorm: Kernel<LayerNormVariant, LayerNormProblem> = {
   workgroupInvocations: () => LANES,
   values: (_, p) => ({ rows: p.rows, first_row: p.firstRow, epsilon: p.epsilon }),
   grid: (_, p) => foldGrid(p.rows),
+  work({ outElem, width }, { rows }) {
+    const columns = 4 * Math.ceil(width / 4);
+    return { bytes: columns * (rows * (4 + sizeOf(outElem)) + 2 * 4), flops: 0 }; // x, out; gain, shift
+  },
 };

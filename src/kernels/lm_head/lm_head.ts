@@ -1,4 +1,12 @@
-import { type Elem, type Grid, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import {
+  type Elem,
+  type Grid,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+  sizeOf,
+} from "../../runtime/kernel.ts";
 import type { RowRange } from "../embedding/embedding.ts";
 import { foldGrid, GRID_FOLD, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
@@ -43,6 +51,10 @@ const common = {
     first_token: p.piece.first,
     piece_rows: p.piece.rows,
     one: 1,
+  }),
+  work: ({ elem }: { readonly elem: Elem }, { rows, inner, piece }: LmHeadProblem) => ({
+    bytes: 4 * rows * (inner + piece.rows) + piece.rows * inner * sizeOf(elem), // x, logits, w
+    flops: 2 * rows * piece.rows * inner,
   }),
 } as const;
 

@@ -1,4 +1,12 @@
-import { type Elem, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import {
+  type Elem,
+  type Kernel,
+  type Op,
+  op,
+  type ShaderFile,
+  sizeOf,
+  type Work,
+} from "../../runtime/kernel.ts";
 import { subgroupRows, tripsHelper, unrollConst } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
 import epilogueText from "./epilogue.wgsl" with { type: "text" };
@@ -62,6 +70,19 @@ export const epilogueFile: ShaderFile = { file: "matmul/epilogue.wgsl", text: ep
 /** Stores a finished sum with its epilogue. */
 export const storeFile: ShaderFile = { file: "matmul/store.wgsl", text: storeText };
 
+/** What a product moves and computes; `xBytes` are read for `x`. */
+export function productWork(
+  { elem, epilogue }: Pick<MatmulVariant, "elem" | "epilogue">,
+  { rows, inner, columns }: MatmulProblem,
+  xBytes = rows * inner * sizeOf(elem),
+): Work {
+  const outBytes = epilogue === "residual" ? 2 * 4 : sizeOf(elem);
+  return {
+    bytes: xBytes + inner * columns * sizeOf(elem) + 4 * columns + rows * columns * outBytes,
+    flops: 2 * rows * inner * columns,
+  };
+}
+
 const common = {
   bindings: { x: "read", w: "read", bias: "read", out: "read_write" },
   params: { rows: "u32", inner4: "u32", columns4: "u32", one: "u32" },
@@ -71,6 +92,7 @@ const common = {
     columns4: p.columns / 4,
     one: 1,
   }),
+  work: (v: MatmulVariant, p: MatmulProblem) => productWork(v, p),
 } as const;
 
 function header(v: MatmulVariant, consts: Readonly<Record<string, number>>) {
@@ -123,6 +145,7 @@ export const subgroupMatrixMatmul: Kernel<SubgroupMatrixVariant, MatmulProblem> 
     const { rows, columns } = matrixTile(v);
     return [Math.ceil(p.columns / columns), Math.ceil(p.rows / rows), 1];
   },
+  work: ({ epilogue }, p) => productWork({ elem: "f16", epilogue }, p),
 };
 
 function matrixTile({ subgroupsM, subgroupsN }: SubgroupMatrixVariant) {

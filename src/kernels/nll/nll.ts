@@ -32,6 +32,7 @@ export const nll: Kernel<NllVariant, NllProblem> = {
   workgroupInvocations: (v) => v.lanes,
   values: (_, p) => ({ rows: p.rows, vocab: p.vocab, first_row: p.firstRow }),
   grid: (_, p) => foldGrid(p.rows),
+  work: (_, p) => ({ bytes: 4 * p.rows * (p.vocab + 1), flops: 0 }),
 };
 
 /** `unroll` is false on software adapters only, where the cost of a barrier grows with the lanes. */

@@ -31,6 +31,10 @@ export const fmaPeak: Kernel<object, FmaProblem> = {
   workgroupInvocations: () => FMA_LANES,
   values: (_, { trips, factor, addend }) => ({ trips, factor, addend }),
   grid: (_, p) => [p.workgroups, 1, 1],
+  work(_, p) {
+    const { flop, outBytes } = fmaWork(p);
+    return { bytes: outBytes, flops: flop };
+  },
 };
 
 /** What `fmaPeak` computes and writes. */
@@ -57,6 +61,10 @@ export const subgroupMatrixPeak: Kernel<object, SubgroupMatrixProblem> = {
   workgroupInvocations: () => 32 * SUBGROUPS,
   values: (_, { trips, kept }) => ({ trips, kept }),
   grid: (_, p) => [p.workgroups, 1, 1],
+  work(_, p) {
+    const { flop, outBytes } = subgroupMatrixWork(p);
+    return { bytes: 2 * FACTOR_BYTES + outBytes, flops: flop };
+  },
 };
 
 /** What `subgroupMatrixPeak` computes and writes. */

@@ -1,4 +1,4 @@
-import { type Grid, type Kernel, type Op, op, type ShaderFile } from "../../runtime/kernel.ts";
+import { type Grid, type Kernel, type Op, op, type ShaderFile, type Work } from "../../runtime/kernel.ts";
 import type { PositionPlace } from "../embedding/embedding.ts";
 import { sequenceStruct, tripsHelper, unrollConst, workgroupSum } from "../shared/shared.ts";
 import bindingsText from "./bindings.wgsl" with { type: "text" };
@@ -68,6 +68,11 @@ const drawing = {
   header: (v: SamplingVariant) => header(v),
   workgroupInvocations: (v: SamplingVariant) => v.lanes,
   grid: (_: unknown, p: DrawProblem): Grid => [p.rows, 1, 1],
+  // One reading of the logits, however many passes over them the filters take.
+  work: (_: unknown, { rows, vocab, repeatPenalty }: DrawProblem): Work => ({
+    bytes: rows * (4 * vocab + (repeatPenalty === 1 ? 0 : seenBytes(vocab)) + RESULT_BYTES),
+    flops: 0,
+  }),
 } as const;
 
 const drawingParams = {
@@ -187,6 +192,7 @@ export const logprobs: Kernel<SamplingVariant, LogprobsProblem> = {
     one: 1,
   }),
   grid: (_, p) => [p.rows, 1, 1],
+  work: (_, p) => ({ bytes: p.rows * (4 * p.vocab + logprobsBytes(p.top)), flops: 0 }),
 };
 
 /** A row is read by one multiprocessor, as fast as it has loads under way; on software adapters a barrier costs more. */

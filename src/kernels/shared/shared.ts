@@ -93,6 +93,46 @@ export function splitCount(blocks: number, maxSplits = MAX_SPLITS): number {
   return blocks === 0 ? 0 : Math.ceil(blocks / blocksPerSplit(blocks, maxSplits));
 }
 
+/** Pairs of a query and a key up to its position, of `queries` queries from `firstPosition` on. */
+export function causalPairs(queries: number, firstPosition = 0): number {
+  return queries * firstPosition + queries * (queries + 1) / 2;
+}
+
+/** Blocks of keys that the newest token of a sequence attends to in one head. */
+export interface KeptBlocks {
+  /** Those before its own, which are complete. */
+  readonly before: number;
+  /** Whether its own is among them. */
+  readonly own: boolean;
+}
+
+/** What the newest token of a sequence of `length` tokens attends to, in each head that a dispatch is for. */
+export type KeptInHeads = (length: number) => readonly KeptBlocks[];
+
+/** All blocks, in each of so many heads. */
+export function keptByAll(heads: number): KeptInHeads {
+  return (length) =>
+    new Array<KeptBlocks>(heads).fill({ before: Math.ceil(length / KV_BLOCK) - 1, own: true });
+}
+
+/**
+ * Bytes of what attention leaves of a step of decoding: for each head of each sequence `maxSplits` maxima and sums,
+ * and the output of each slice that there is, one at least.
+ * @param heads of all sequences together
+ * @param kept of each of them, as far as it is known
+ */
+export function partialBytes(
+  { headDim4, maxSplits }: { readonly headDim4: number; readonly maxSplits: number },
+  heads: number,
+  kept: readonly KeptBlocks[],
+): number {
+  const slices = kept.reduce(
+    (sum, { before, own }) => sum + Math.max(1, splitCount(before + Number(own), maxSplits)),
+    0,
+  );
+  return 8 * maxSplits * heads + 16 * headDim4 * slices;
+}
+
 /** The part of a layer's heads that one pair of cache buffers holds. */
 export interface HeadRange {
   readonly first: number;

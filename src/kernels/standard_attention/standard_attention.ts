@@ -2,8 +2,9 @@
  * Textbook attention (Vaswani et al. 2017), which writes all scores to memory: what flash attention is measured against.
  * No model runs it. Three kernels in order, over the same tensors as `flash_attention`; the reference is that one's.
  */
-import { type Elem, type Kernel, sizeOf } from "../../runtime/kernel.ts";
+import { type Elem, type Kernel, sizeOf, type Work } from "../../runtime/kernel.ts";
 import {
+  causalPairs,
   foldedGrid,
   foldGrid,
   GRID_FOLD,
@@ -83,6 +84,17 @@ function tileHeader(v: StandardAttentionVariant) {
   };
 }
 
+/** Of a product that has the visible scores as result or factor, and two tensors of heads' rows besides. */
+function visibleWork(v: StandardAttentionVariant, { tokens, range }: StandardAttentionProblem): Work {
+  const { heads } = range;
+  const headDim = 4 * v.headDim4;
+  const pairs = heads * causalPairs(tokens);
+  return {
+    bytes: (pairs + 2 * heads * tokens * headDim) * sizeOf(v.elem),
+    flops: 2 * headDim * pairs,
+  };
+}
+
 /** `scores[heads, tokens, tokens] = q kᵀ · scale`, as far as they are visible. */
 export const attentionScores: Kernel<StandardAttentionVariant, StandardAttentionProblem> = {
   name: "standard_attention/scores",
@@ -92,6 +104,7 @@ export const attentionScores: Kernel<StandardAttentionVariant, StandardAttention
   header: tileHeader,
   workgroupBytes: () => 2 * 16 * TILE * (TILE_INNER4 + 1), // q_tile + k_tile
   grid: (_, p) => [Math.ceil(p.tokens / TILE), Math.ceil(p.tokens / TILE), p.range.heads],
+  work: visibleWork,
 };
 
 /** `scores = softmax(scores)` by rows, in place. */
@@ -106,6 +119,7 @@ export const attentionSoftmax: Kernel<StandardAttentionVariant, StandardAttentio
     const [x, y] = foldGrid(p.tokens);
     return [x, y, p.range.heads];
   },
+  work: (v, p) => ({ bytes: 2 * p.range.heads * causalPairs(p.tokens) * sizeOf(v.elem), flops: 0 }),
 };
 
 /** `out[tokens, heads, headDim] = scores · v`. */
@@ -117,6 +131,7 @@ export const attentionValues: Kernel<StandardAttentionVariant, StandardAttention
   header: tileHeader,
   workgroupBytes: () => 16 * (TILE * TILE_INNER4 + 4 * TILE_INNER4 * TILE / 4), // p_tile + v_tile
   grid: (v, p) => [Math.ceil(p.tokens / TILE), Math.ceil(4 * v.headDim4 / TILE), p.range.heads],
+  work: visibleWork,
 };
 
 /** In the order in which they run. */
