@@ -1,42 +1,45 @@
-/** Finds GPUs that are in the machine but that Vulkan does not show, and says what to install. */
-import { existsSync, readdirSync, readFileSync } from "node:fs";
+/** The GPUs that the kernel shows, whether or not Vulkan does (Linux). */
+import type { Host } from "./host.ts";
 
-/** PCI vendor numbers of the makers whose GPUs have a Vulkan driver on Linux. */
-const VENDORS: Readonly<Record<string, { maker: string; advice: string }>> = {
-  "0x10de": {
-    maker: "NVIDIA",
-    advice:
-      "install the driver's Vulkan part (libnvidia-gl, or nvidia-vulkan-icd on Debian); in a container, set " +
-      "NVIDIA_DRIVER_CAPABILITIES=all so that nvidia_icd.json and the graphics libraries are mounted",
-  },
-  "0x1002": { maker: "AMD", advice: "install mesa-vulkan-drivers, and let this user open /dev/dri/renderD*" },
-  "0x8086": {
-    maker: "Intel",
-    advice: "install mesa-vulkan-drivers, and let this user open /dev/dri/renderD*",
-  },
-};
+export const MAKERS = ["NVIDIA", "AMD", "Intel"] as const;
+/** Makers whose GPUs have a Vulkan driver on Linux. */
+export type GpuMaker = typeof MAKERS[number];
 
-/** Makers' PCI numbers of the GPUs that the kernel shows, whether or not Vulkan does. */
-function hostVendors(): string[] {
-  const found = new Set<string>();
-  try {
-    if (existsSync("/proc/driver/nvidia/gpus") || existsSync("/dev/nvidia0")) found.add("0x10de");
-    for (const card of readdirSync("/sys/class/drm")) {
-      const file = `/sys/class/drm/${card}/device/vendor`;
-      if (/^renderD\d+$/.test(card) && existsSync(file)) found.add(readFileSync(file, "utf8").trim());
-    }
-  } catch {
-    // No /sys/class/drm: not Linux, or a container without it. Or Deno, which shows /proc, /dev and /sys only to programs
-    // that may do anything. Then there is nothing to name.
-  }
-  return [...found];
+export interface HostGpu {
+  readonly maker: GpuMaker;
+  /** The file that a driver opens. */
+  readonly device: string;
+  /** Whether this process could. */
+  readonly state: "open" | "missing" | "forbidden";
 }
 
-/** One sentence for the user about a GPU that is there but cannot be used, or undefined when there is none. */
-export function invisibleGpuNote(vendors: readonly string[] = hostVendors()): string | undefined {
-  for (const vendor of vendors) {
-    const known = VENDORS[vendor];
-    if (known) return `this machine has an ${known.maker} GPU that Vulkan does not show: ${known.advice}`;
-  }
-  return undefined;
+/** By PCI vendor number. */
+const VENDORS: Readonly<Record<string, GpuMaker>> = {
+  "0x10de": "NVIDIA",
+  "0x1002": "AMD",
+  "0x8086": "Intel",
+};
+
+/** Version of NVIDIA's kernel driver; undefined where it is not loaded. */
+export function nvidiaDriver(host: Host): string | undefined {
+  return host.text("/proc/driver/nvidia/version")?.match(/Kernel Module.*? (\d+\.[\d.]+)/)?.[1];
+}
+
+/** In a container, those of the whole machine: which of them it was given is their `state`. */
+export function hostGpus(host: Host): HostGpu[] {
+  const gpu = (maker: GpuMaker, device: string): HostGpu => ({
+    maker,
+    device,
+    state: host.mayOpen(device) ? "open" : host.exists(device) ? "forbidden" : "missing",
+  });
+  // NVIDIA's own driver has files of its own, whether or not it also has one in /dev/dri.
+  const nvidia = host.names("/dev").filter((name) => /^nvidia\d+$/.test(name)).map((name) => `/dev/${name}`);
+  if (nvidia.length === 0 && nvidiaDriver(host) !== undefined) nvidia.push("/dev/nvidia0");
+  const others = host.names("/sys/class/drm").filter((card) => /^renderD\d+$/.test(card)).flatMap((card) => {
+    const vendor = host.text(`/sys/class/drm/${card}/device/vendor`)?.trim() ?? "";
+    const maker = VENDORS[vendor];
+    const isCounted = maker === "NVIDIA" && nvidia.length > 0;
+    return maker === undefined || isCounted ? [] : [gpu(maker, `/dev/dri/${card}`)];
+  });
+  return [...nvidia.map((device) => gpu("NVIDIA", device)), ...others];
 }

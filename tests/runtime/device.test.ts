@@ -4,7 +4,6 @@ import { subgroupMatmul } from "../../src/kernels/matmul/matmul.ts";
 import { adapterNamesIn, listAdapterNames } from "../../src/runtime/dawn.ts";
 import { adapterIndex, type Gpu, listAdapters, openDevice } from "../../src/runtime/device.ts";
 import { DeviceError, DoesNotFitError, NoAdapterError } from "../../src/runtime/errors.ts";
-import { invisibleGpuNote } from "../../src/runtime/host_gpu.ts";
 import { describeSubgroups, firstSupported, op, supports } from "../../src/runtime/kernel.ts";
 import { testDevice } from "../support/device.ts";
 
@@ -184,22 +183,5 @@ describe("kernels made of subgroup operations", () => {
     expect(describeSubgroups({ ...shared.caps, subgroupMinSize: 4, subgroupMaxSize: 128 })).toBe(
       "4 to 128 lanes",
     );
-  });
-});
-
-describe("a GPU that Vulkan does not show", () => {
-  test("is named by its maker, with what to install", () => {
-    expect(invisibleGpuNote(["0x10de"])).toMatch(/NVIDIA GPU that Vulkan does not show: .*libnvidia-gl/);
-    expect(invisibleGpuNote(["0x1002"])).toMatch(/AMD GPU that Vulkan does not show: .*mesa-vulkan-drivers/);
-    expect(invisibleGpuNote(["0x8086"])).toMatch(
-      /Intel GPU that Vulkan does not show: .*mesa-vulkan-drivers/,
-    );
-  });
-  test("of an unknown maker, or none at all, gives no note", () => {
-    expect(invisibleGpuNote(["0x1af4"])).toBeUndefined();
-    expect(invisibleGpuNote([])).toBeUndefined();
-  });
-  test("is found behind makers that have no Vulkan driver", () => {
-    expect(invisibleGpuNote(["0x1af4", "0x1002"])).toContain("AMD");
   });
 });
