@@ -53,7 +53,7 @@ const config = {
 const { nLayer, nEmbd, nInner, vocabSize } = config;
 const pattern = parsePattern(values.sparsity);
 if (pattern.kind === "file") throw new Error("--sparsity takes patterns without a file");
-const profiler = new Profiler(gpu, "passes");
+const profiler = new Profiler(gpu, { unit: "passes" });
 
 function median(values: readonly number[]): number {
   return values.toSorted((a, b) => a - b)[values.length >> 1]!;
@@ -66,8 +66,8 @@ async function gpuTime(list: DispatchList): Promise<number> {
     const r = new Recorder(gpu, "benchmark", { profiler });
     for (let i = 0; i < RUNS_A_PASS; i++) r.replay(list);
     r.submit();
-    await profiler.collect();
-    return 1000 * profiler.report().kernels.reduce((sum, { gpuMs }) => sum + gpuMs, 0) / RUNS_A_PASS;
+    await profiler.settle();
+    return 1000 * profiler.report().gpu.kernelsMs / RUNS_A_PASS;
   };
   for (const until = performance.now() + WARM_UP_MS; performance.now() < until;) await time();
   const times: number[] = [];

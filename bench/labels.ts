@@ -28,7 +28,7 @@ const longform = await Longform.load({
   uses: ["classify"],
   context: Math.max(...lengths) + 64,
   positions: "repeat",
-  profile: "passes",
+  profile: { unit: "passes" },
   encodingWorkers: 0,
 });
 const { profiler, model, config } = longform;
@@ -44,6 +44,7 @@ async function timed(run: () => Promise<{ readonly result: Promise<unknown> }>):
   for (let i = 0; i < Number(values.runs) || performance.now() < until; i++) {
     profiler!.reset();
     await (await run()).result;
+    await profiler!.settle();
     times.push(profiler!.busyMs);
   }
   return times.slice(-Number(values.runs)).toSorted((a, b) => a - b)[Number(values.runs) >> 1]!;

@@ -9,7 +9,6 @@ import {
   CheckFailed,
   GEMMS,
   type Measurement,
-  type PeakUnit,
   randomLists,
   ScoresDoNotFit,
 } from "../model/benchmark.ts";
@@ -23,6 +22,7 @@ import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
+import type { ArithmeticUnit } from "../runtime/profiler.ts";
 import { abortOnInterrupt, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeResult } from "./output.ts";
@@ -71,7 +71,7 @@ interface BenchReport {
   /** Arithmetic from registers, by a kernel that does nothing else; null when it was interrupted. */
   readonly peak_tflops: number | null;
   /** What that is of: f16 matrices on tensor cores, or multiply-adds in f32. */
-  readonly peak_unit: PeakUnit;
+  readonly peak_unit: ArithmeticUnit;
   readonly rows: readonly BenchRow[];
 }
 
@@ -320,7 +320,7 @@ function checked(
 const PEAK_NAMES = {
   matrix: "matrices multiplied from registers",
   fma: "multiply-adds from registers",
-} as const satisfies Record<PeakUnit, string>;
+} as const satisfies Record<ArithmeticUnit, string>;
 
 const WHAT = ["phase", "variant", "context", "type"];
 const FIGURES = ["ms", "min to max", "tokens/s", "TFLOP/s", "GB/s", "memory", "kernel"];

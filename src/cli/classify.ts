@@ -7,9 +7,9 @@ import { checkpointLabels } from "../model/label_head.ts";
 import { Longform } from "../model/longform.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import { UsageError } from "../runtime/errors.ts";
-import type { KernelTime } from "../runtime/profiler.ts";
 import { type Collection, type InputDocument, openFiles, openJsonl } from "./documents.ts";
 import { readIds } from "./input.ts";
+import { Instruments } from "./instruments.ts";
 import { abortOnInterrupt, checkContext, modelFolder, noteChoices, noteSparsity } from "./load.ts";
 import type { ClassifyOptions } from "./options.ts";
 import {
@@ -21,14 +21,8 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import {
-  formatProfile,
-  type Memory,
-  memoryReport,
-  type SparsityReport,
-  sparsityReport,
-  type Timings,
-} from "./report.ts";
+import { formatProfile, type ProfileReport } from "./profile.ts";
+import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
 import { ResultFile, type ResultSink, ResultStream } from "./result_file.ts";
 
 /** What is said of a document, or of its beginning. */
@@ -78,7 +72,7 @@ interface RunReport {
   readonly gpu_busy: number | null;
   readonly sparsity?: SparsityReport;
   readonly evaluations?: readonly EvaluationsReport[];
-  readonly profile?: readonly KernelTime[];
+  readonly profile?: ProfileReport;
   readonly memory: Memory;
 }
 
@@ -88,6 +82,7 @@ export async function runClassify(options: ClassifyOptions): Promise<number> {
   const config = await readConfig(dir);
   checkContext(config, options);
   checkLengths(config, options);
+  const instruments = await Instruments.open(options);
   const labels = options.labels ?? await checkpointLabels(dir);
   const collection = await openCollection(options);
   try {
@@ -95,7 +90,7 @@ export async function runClassify(options: ClassifyOptions): Promise<number> {
       ? new ResultStream()
       : await ResultFile.open(options.out, { resume: options.resume, labels });
     try {
-      return await new ClassifyRun(options, config, collection, sink, labels).run();
+      return await new ClassifyRun(options, config, collection, sink, labels, instruments).run();
     } finally {
       await sink.close();
     }
@@ -159,6 +154,7 @@ class ClassifyRun {
   readonly #config: GPT2Config;
   readonly #collection: Collection;
   readonly #sink: ResultSink;
+  readonly #instruments: Instruments;
   readonly #labels: ReadonlySet<string>;
   readonly #progress: ProgressLine;
   /** For the lengths of `--max-tokens`, or for documents as they are. */
@@ -173,7 +169,7 @@ class ClassifyRun {
   #tokens = 0;
   #startedAt = 0;
   #startShare = 0;
-  #onStart = () => {};
+  #onStart = () => Promise.resolve();
 
   constructor(
     options: ClassifyOptions,
@@ -181,11 +177,13 @@ class ClassifyRun {
     collection: Collection,
     sink: ResultSink,
     labels: readonly string[],
+    instruments: Instruments,
   ) {
     this.#options = options;
     this.#config = config;
     this.#collection = collection;
     this.#sink = sink;
+    this.#instruments = instruments;
     this.#labels = new Set(labels);
     this.#progress = new ProgressLine(options);
     const lengths = options.maxTokens ?? [undefined];
@@ -204,7 +202,7 @@ class ClassifyRun {
     try {
       longform = await this.#load();
       const { profiler } = longform;
-      this.#onStart = () => profiler?.reset(); // what ran before the first document is no part of it
+      this.#onStart = () => this.#instruments.restart(profiler); // what ran before is no part of it
       if (!options.quiet) noteSparsity(longform.model);
       const { signal } = controller;
       const outcomes = longform.classify(this.#documents(signal), { ...options, signal });
@@ -215,7 +213,7 @@ class ClassifyRun {
         this.#showProgress();
       }
       this.#sink.finishSkipping();
-      this.#finish(longform);
+      await this.#finish(longform);
       return this.#failed > 0 ? 1 : 0;
     } catch (error) {
       if (!controller.signal.aborted || error !== controller.signal.reason) throw error;
@@ -230,7 +228,7 @@ class ClassifyRun {
   }
 
   async #load(): Promise<Longform> {
-    const { labels, pooling, maxTokens, workers, profile, verbose, kernels, quiet } = this.#options;
+    const { labels, pooling, maxTokens, workers, verbose, kernels, quiet } = this.#options;
     const { total, largestBytes } = this.#collection;
     const context = this.#context();
     const isSingle = total === 1;
@@ -248,7 +246,8 @@ class ClassifyRun {
       },
       // A thread would take longer to start than it takes to encode one document.
       encodingWorkers: isSingle ? 0 : workers,
-      profile: profile ? "dispatches" : "passes",
+      profile: this.#instruments.profiling ?? { unit: "passes" },
+      timeline: this.#instruments.timeline,
       onNotice: (message) => {
         if (!quiet) writeNote(`note: ${message}`);
       },
@@ -282,7 +281,7 @@ class ClassifyRun {
       if (this.#startedAt === 0) {
         this.#startedAt = performance.now();
         this.#startShare = this.#collection.share() ?? 0;
-        this.#onStart();
+        await this.#onStart();
       }
       const error = this.#problem(document);
       yield error === undefined ? document : { index: document.index, ...named(document), error };
@@ -358,10 +357,14 @@ class ClassifyRun {
     );
   }
 
-  #finish(longform: Longform): void {
-    const { json, quiet, out, jsonl, expected, profile } = this.#options;
+  async #finish(longform: Longform): Promise<void> {
+    const { json, quiet, out, jsonl, expected } = this.#options;
     this.#progress.clear();
-    const report = this.#report(longform);
+    await longform.profiler?.settle();
+    const run = this.#report(longform);
+    const { gpu, model, profiler } = longform;
+    const profile = await this.#instruments.profile(gpu, model, profiler);
+    const report: RunReport = { ...run, ...(profile ? { profile } : {}) };
     this.#array?.endEvenIfEmpty();
     if (json && out !== undefined) writeJson(report);
     else if (json && expected !== undefined) {
@@ -371,9 +374,8 @@ class ClassifyRun {
       if (jsonl && out === undefined) writeNote(table);
       else writeResult(table);
     }
-    if (profile && longform.profiler && !(json && out !== undefined)) {
-      writeNote(formatProfile(longform.profiler.report()));
-    }
+    if (profile && !(json && out !== undefined)) writeNote(formatProfile(profile));
+    await this.#instruments.writeTrace(gpu, profiler);
     if (!quiet && !json && report.documents + report.skipped > 0) writeNote(formatRun(report));
     if (this.#failed > 0) {
       writeNote(`error: ${this.#failed} of ${counted(this.#done, "document")} could not be classified`);
@@ -381,7 +383,7 @@ class ClassifyRun {
   }
 
   #report({ gpu, model, loadMs, profiler }: Longform): RunReport {
-    const { expected, profile } = this.#options;
+    const { expected } = this.#options;
     const ms = this.#startedAt === 0 ? 0 : performance.now() - this.#startedAt;
     const sparsity = sparsityReport(model);
     return {
@@ -393,7 +395,7 @@ class ClassifyRun {
       ms,
       documents_per_s: ms > 0 ? 1000 * this.#done / ms : null,
       tokens_per_s: ms > 0 ? 1000 * this.#tokens / ms : null,
-      gpu_busy: profiler && !profile && ms > 0 ? profiler.busyMs / ms : null,
+      gpu_busy: profiler?.unit === "passes" && ms > 0 ? profiler.busyMs / ms : null,
       ...(sparsity ? { sparsity } : {}),
       ...(expected === undefined ? {} : {
         evaluations: this.#evaluations.map(({ maxTokens, evaluation }) => ({
@@ -401,7 +403,6 @@ class ClassifyRun {
           evaluation: evaluationReport(evaluation),
         })),
       }),
-      ...(profile && profiler ? { profile: profiler.report().kernels } : {}),
       memory: memoryReport(gpu, model),
     };
   }

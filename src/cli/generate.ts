@@ -14,8 +14,9 @@ import type { WeightSource } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError, UsageError } from "../runtime/errors.ts";
-import type { KernelTime, Profiler } from "../runtime/profiler.ts";
+import { timed } from "../runtime/timeline.ts";
 import { type Prompt as PromptInput, readPrompt } from "./input.ts";
+import { Instruments } from "./instruments.ts";
 import {
   abortOnInterrupt,
   boundTokens,
@@ -39,14 +40,8 @@ import {
   writeResult,
 } from "./output.ts";
 import { PromptSession, type SessionReport } from "./prompt_session.ts";
-import {
-  formatProfile,
-  type Memory,
-  memoryReport,
-  type SparsityReport,
-  sparsityReport,
-  type Timings,
-} from "./report.ts";
+import { formatProfile, type ProfileReport } from "./profile.ts";
+import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
 
 export interface LogprobEntry {
   readonly id: number;
@@ -79,7 +74,7 @@ interface GenerateReport {
   readonly session?: SessionReport;
   /** Absent for dense attention. */
   readonly sparsity?: SparsityReport;
-  readonly profile?: readonly KernelTime[];
+  readonly profile?: ProfileReport;
   readonly timings: Timings;
   readonly memory: Memory;
 }
@@ -117,17 +112,23 @@ export async function runGenerate(options: GenerateOptions): Promise<number> {
   const dir = modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
+  const instruments = await Instruments.open(options);
   const prompt = await readPrompt(options);
   try {
     // The driver takes a while to start: it does so while the tokenizer is built and the prompt is tokenized.
-    const opening = openCommandDevice(options);
+    const opening = openCommandDevice(options, instruments.timeline);
     opening.catch(() => {});
-    const prepared = await prepare(dir, config, prompt, options);
+    const prepared = await timed(
+      instruments.timeline,
+      "phases",
+      "prepare the prompt",
+      () => prepare(dir, config, prompt, instruments, options),
+    );
     const source = await openCheckpoint(dir);
     try {
       const gpu = await opening;
       try {
-        return await runOnDevice(gpu, source, prepared, options);
+        return await runOnDevice(gpu, source, prepared, instruments, options);
       } finally {
         gpu.destroy();
       }
@@ -143,6 +144,7 @@ async function prepare(
   dir: string,
   config: GPT2Config,
   prompt: PromptInput,
+  { timeline }: Instruments,
   options: GenerateOptions,
 ): Promise<PreparedPrompt> {
   const sparsity = await openSparsity(options.sparsity);
@@ -153,15 +155,17 @@ async function prepare(
     }
     return { config, sparsity, tokenizer, ...known(prompt.ids), tokenizeMs: () => null };
   }
-  const tokenizer = await loadTokenizer(dir);
+  const tokenizer = await timed(timeline, "phases", "load the tokenizer", () => loadTokenizer(dir));
   if ("text" in prompt) {
     const starting = performance.now();
+    const endEncoding = timeline?.begin("tokenization", "prompt");
     const ids = tokenizer.encode(prompt.text);
+    endEncoding?.();
     const tokenizeMs = performance.now() - starting;
     return { config, sparsity, tokenizer, ...known(ids), tokenizeMs: () => tokenizeMs };
   }
   const { input } = prompt;
-  const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength);
+  const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength, timeline);
   const bound = await boundTokens(tokens, options);
   return {
     config,
@@ -186,6 +190,7 @@ async function runOnDevice(
   gpu: Gpu,
   source: WeightSource,
   prepared: PreparedPrompt,
+  instruments: Instruments,
   options: GenerateOptions,
 ): Promise<number> {
   const { config, sparsity } = prepared;
@@ -209,13 +214,24 @@ async function runOnDevice(
       decoding: { sequences: 1, inFlight: options.inFlight ?? inFlightOf(gpu), logprobs: options.logprobs },
       expected: { promptTokens: prepared.promptTokens(), drawing: drawingOf(options) },
     };
-    const { model, loadMs, profiler } = await loadModel(gpu, source, config, needs, options, progress);
+    const { model, loadMs, profiler } = await loadModel(
+      gpu,
+      source,
+      config,
+      needs,
+      options,
+      progress,
+      instruments.profiling,
+    );
     try {
       const prompt = await session?.begin(model, prepared.tokens, progress) ??
         { cached: [], rest: prepared.tokens };
       const result = await stream(model, prompt, prepared, session, options, progress);
       const timings = { load_ms: loadMs, tokenize_ms: prepared.tokenizeMs(), ...result.timings };
-      report(result, timings, memoryReport(gpu, model), sparsityReport(model), session, profiler, options);
+      const memory = memoryReport(gpu, model);
+      const profile = await instruments.profile(gpu, model, profiler);
+      report(result, timings, memory, sparsityReport(model), session, profile, options);
+      await instruments.writeTrace(gpu, profiler);
       return result.finishReason === "interrupt" && !result.isPipeClosed ? 130 : 0;
     } finally {
       profiler?.destroy();
@@ -384,10 +400,9 @@ function report(
   memory: Memory,
   sparsity: SparsityReport | undefined,
   session: PromptSession | undefined,
-  profiler: Profiler | undefined,
+  profile: ProfileReport | undefined,
   options: GenerateOptions,
 ): void {
-  const profile = profiler?.report();
   if (options.json) {
     const document: GenerateReport = {
       text: result.text,
@@ -398,7 +413,7 @@ function report(
       ...(result.logprobs ? { logprobs: result.logprobs } : {}),
       ...(session ? { session: session.report() } : {}),
       ...(sparsity ? { sparsity } : {}),
-      ...(profile ? { profile: profile.kernels } : {}),
+      ...(profile ? { profile } : {}),
       timings,
       memory,
     };

@@ -12,9 +12,10 @@ import type { WeightSource } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError } from "../runtime/errors.ts";
-import type { KernelTime } from "../runtime/profiler.ts";
+import { timed } from "../runtime/timeline.ts";
 import { drawingOf, namedLogprobs, seedOf, type TokenLogprobs } from "./generate.ts";
 import { openText } from "./input.ts";
+import { Instruments } from "./instruments.ts";
 import {
   abortOnInterrupt,
   checkContext,
@@ -33,14 +34,8 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import {
-  formatProfile,
-  type Memory,
-  memoryReport,
-  type SparsityReport,
-  sparsityReport,
-  type Timings,
-} from "./report.ts";
+import { formatProfile, type ProfileReport } from "./profile.ts";
+import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
 
 /** A line of the file. */
 interface PromptLine {
@@ -80,7 +75,7 @@ interface BatchReport {
   readonly batch: number;
   /** Absent for dense attention. */
   readonly sparsity?: SparsityReport;
-  readonly profile?: readonly KernelTime[];
+  readonly profile?: ProfileReport;
   readonly timings: Timings;
   readonly memory: Memory;
 }
@@ -96,17 +91,22 @@ export async function runGenerateBatch(options: GenerateOptions): Promise<number
   checkContext(config, options);
   const sparsity = await openSparsity(options.sparsity);
   const lines = await readLines(options.prompts!);
-  const opening = openCommandDevice(options);
+  const instruments = await Instruments.open(options);
+  const { timeline } = instruments;
+  const opening = openCommandDevice(options, timeline);
   opening.catch(() => {});
-  const tokenizer = await loadTokenizer(dir);
+  const tokenizer = await timed(timeline, "phases", "load the tokenizer", () => loadTokenizer(dir));
   const starting = performance.now();
+  const endEncoding = timeline?.begin("tokenization", "prompts");
   const prepared = lines.map((line) => "error" in line ? line : encoded(line, tokenizer));
+  endEncoding?.();
   const tokenizeMs = performance.now() - starting;
   const source = await openCheckpoint(dir);
   try {
     const gpu = await opening;
     try {
-      return await new Batch(gpu, config, tokenizer, sparsity, options).run(source, prepared, tokenizeMs);
+      const batch = new Batch(gpu, config, tokenizer, sparsity, instruments, options);
+      return await batch.run(source, prepared, tokenizeMs);
     } finally {
       gpu.destroy();
     }
@@ -167,6 +167,7 @@ class Batch {
   readonly #config: GPT2Config;
   readonly #tokenizer: GPT2Tokenizer;
   readonly #sparsity: Sparsity;
+  readonly #instruments: Instruments;
   readonly #options: GenerateOptions;
   readonly #seed: number;
 
@@ -175,12 +176,14 @@ class Batch {
     config: GPT2Config,
     tokenizer: GPT2Tokenizer,
     sparsity: Sparsity,
+    instruments: Instruments,
     options: GenerateOptions,
   ) {
     this.#gpu = gpu;
     this.#config = config;
     this.#tokenizer = tokenizer;
     this.#sparsity = sparsity;
+    this.#instruments = instruments;
     this.#options = options;
     this.#seed = seedOf(options);
   }
@@ -217,6 +220,7 @@ class Batch {
       },
       options,
       progress,
+      this.#instruments.profiling,
     );
     const { controller, stop } = abortOnInterrupt(() => progress.clear());
     const prefill = { tokens: 0, ms: 0 };
@@ -269,17 +273,18 @@ class Batch {
       };
       const memory = memoryReport(this.#gpu, model);
       const sparsity = sparsityReport(model);
-      const profile = profiler?.report();
+      const profile = await this.#instruments.profile(this.#gpu, model, profiler);
       const report: BatchReport = {
         results: out.reports,
         batch: sequences,
         ...(sparsity ? { sparsity } : {}),
-        ...(profile ? { profile: profile.kernels } : {}),
+        ...(profile ? { profile } : {}),
         timings,
         memory,
       };
       if (options.json) writeJson(report);
       else if (profile) writeNote(formatProfile(profile));
+      await this.#instruments.writeTrace(this.#gpu, profiler);
       const failed = lines.length - usable.length;
       if (!options.quiet && !options.json && !out.isClosed) this.#note(report, generated, failed);
       if (out.isClosed) return 0;

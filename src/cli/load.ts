@@ -16,7 +16,8 @@ import type { Gpu } from "../runtime/device.ts";
 import { openDevice } from "../runtime/device.ts";
 import { UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import type { Profiler } from "../runtime/profiler.ts";
+import type { Profiler, ProfilerOptions } from "../runtime/profiler.ts";
+import type { Timeline } from "../runtime/timeline.ts";
 import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
 import { formatChoices, sparsityReport } from "./report.ts";
@@ -30,13 +31,14 @@ export async function hasFile(dir: string, name: string): Promise<boolean> {
   return await stat(join(dir, name)).then((s) => s.isFile(), () => false);
 }
 
-export async function openCommandDevice(options: CommonOptions): Promise<Gpu> {
+export async function openCommandDevice(options: CommonOptions, timeline?: Timeline): Promise<Gpu> {
   return await openDevice({
     ...(options.adapter === undefined ? {} : { adapter: options.adapter }),
     fallbackAdapter: options.fallbackAdapter,
     onNotice: (message) => {
       if (!options.quiet) writeNote(`note: ${message}`);
     },
+    timeline,
   });
 }
 
@@ -128,9 +130,10 @@ export async function loadModel(
   modelOptions: ModelOptions,
   options: RunOptions,
   progress: ProgressLine,
+  profiling: ProfilerOptions | undefined,
 ): Promise<LoadedModel> {
   noteChoices(gpu, config, modelOptions.elem, options);
-  const profiler = openProfiler(gpu, options.profile ? "dispatches" : undefined);
+  const profiler = openProfiler(gpu, profiling);
   const loading = performance.now();
   const model = await Gpt2.load(gpu, source, config, {
     ...modelOptions,

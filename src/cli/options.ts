@@ -35,6 +35,8 @@ export interface RunOptions extends CommonOptions {
   /** What tokens attend to; a mask file is yet to be read. */
   readonly sparsity: Pattern;
   readonly profile: boolean;
+  /** A file for a trace of the run. */
+  readonly trace: string | undefined;
   /** Kernels to run by role, in place of the program's choice. */
   readonly kernels: ReadonlyMap<string, string>;
 }
@@ -121,6 +123,8 @@ export interface BenchOptions extends CommonOptions {
 
 export interface InfoOptions extends CommonOptions {
   readonly command: "info";
+  /** Also time the device: copies, arithmetic, dispatches. */
+  readonly measure: boolean;
   readonly kernels: ReadonlyMap<string, string>;
 }
 
@@ -294,6 +298,18 @@ const KERNEL: OptionSpec = {
   repeatable: true,
 };
 
+const PROFILE: OptionSpec = {
+  flags: "--profile",
+  description:
+    "Say on stderr, or with --json, where time and memory went: by kernel, on the host, in loading",
+};
+
+const TRACE: OptionSpec = {
+  flags: "--trace <path>",
+  description: "Write a Chrome trace of the run, for ui.perfetto.dev, chrome://tracing or speedscope",
+  convert: text,
+};
+
 /** What the commands that run a model take besides. */
 const RUN: readonly OptionSpec[] = [
   {
@@ -316,7 +332,8 @@ const RUN: readonly OptionSpec[] = [
     description: `Block-sparse attention: ${PATTERN_GRAMMAR} (default: dense)`,
     convert: pattern,
   },
-  { flags: "--profile", description: "Time each kernel on the GPU and print a table on stderr" },
+  PROFILE,
+  TRACE,
   KERNEL,
 ];
 
@@ -579,10 +596,13 @@ const COMMANDS = {
   },
   info: {
     usage: "info",
-    description: "Show adapters, features, limits and the kernels that would run",
+    description: "Show what Vulkan finds here, what fits, which kernels would run, and what is wrong",
     positional: { name: "argument", least: 0, most: 0 },
-    options: [KERNEL],
-    examples: ["longform info", "longform info --json --adapter 1"],
+    options: [
+      { flags: "--measure", description: "Also measure how fast the device copies, computes and dispatches" },
+      KERNEL,
+    ],
+    examples: ["longform info", "longform info --measure", "longform info --json --adapter 1"],
   },
   inspect: {
     usage: "inspect <model>",
@@ -790,7 +810,9 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     verbose: get("--verbose") as number,
   };
   const kernels = () => new Map(get("--kernel") as [role: string, kernel: string][]);
-  if (name === "info") return { ...common, command: "info", kernels: kernels() };
+  if (name === "info") {
+    return { ...common, command: "info", measure: get("--measure") !== 0, kernels: kernels() };
+  }
   if (name === "bench") return typedBench(common, kernels(), get);
   if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
   const run: RunOptions = {
@@ -800,6 +822,7 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
     positions: optional<PositionMode>("--positions") ?? "exact",
     sparsity: optional<Pattern>("--sparsity") ?? { kind: "dense" },
     profile: get("--profile") !== 0,
+    trace: optional("--trace"),
     kernels: kernels(),
   };
   if (name === "classify") return typedClassify(run, positionals, get);

@@ -4,7 +4,6 @@ import { patternName } from "../kvcache/patterns.ts";
 import { sparsityDensity } from "../kvcache/sparsity.ts";
 import type { Gpt2 } from "../model/gpt2.ts";
 import type { Gpu } from "../runtime/device.ts";
-import type { KernelTime } from "../runtime/profiler.ts";
 
 /** Milliseconds, and tokens a second; null where a part does not apply. */
 export interface Timings {
@@ -55,19 +54,6 @@ export function sparsityReport({ sparsity, plan }: Gpt2): SparsityReport | undef
     pattern: patternName(sparsity.pattern),
     density: sparsityDensity(sparsity, shape, sequenceBlocks),
   };
-}
-
-export function formatProfile(
-  { kernels, dropped }: { kernels: readonly KernelTime[]; dropped: number },
-): string {
-  const total = kernels.reduce((sum, kernel) => sum + kernel.gpuMs, 0);
-  const rows = kernels.map(({ name, calls, gpuMs }) =>
-    `${name.padEnd(26)} ${String(calls).padStart(7)} ${gpuMs.toFixed(3).padStart(12)} ` +
-    `${(100 * gpuMs / total).toFixed(1).padStart(6)}`
-  );
-  const header = `${"kernel".padEnd(26)} ${"calls".padStart(7)} ${"GPU ms".padStart(12)} ${"%".padStart(6)}`;
-  const note = dropped > 0 ? [`${dropped} dispatches were not timed: more than a submission's queries`] : [];
-  return [header, ...rows, ...note].join("\n");
 }
 
 /** One line a role with the variant that runs, then a line for each better one that cannot. */

@@ -22,8 +22,9 @@ import type { WeightSource } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError, UsageError } from "../runtime/errors.ts";
-import type { KernelTime } from "../runtime/profiler.ts";
+import { timed, type Timeline } from "../runtime/timeline.ts";
 import { openText, readIds } from "./input.ts";
+import { Instruments } from "./instruments.ts";
 import {
   abortOnInterrupt,
   boundTokens,
@@ -44,14 +45,8 @@ import {
   writeNote,
   writeResult,
 } from "./output.ts";
-import {
-  formatProfile,
-  type Memory,
-  memoryReport,
-  type SparsityReport,
-  sparsityReport,
-  type Timings,
-} from "./report.ts";
+import { formatProfile, type ProfileReport } from "./profile.ts";
+import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
 
 interface BucketReport {
   /** Positions in the window, from and below. */
@@ -90,7 +85,7 @@ interface ScoreReport {
   /** Of each token in nats; null for the first of a window. */
   readonly token_nll?: readonly (number | null)[];
   readonly logits?: Readonly<Record<string, readonly number[]>>;
-  readonly profile?: readonly KernelTime[];
+  readonly profile?: ProfileReport;
   readonly timings: Timings;
   readonly memory: Memory;
 }
@@ -122,10 +117,14 @@ export async function runScore(options: ScoreOptions): Promise<number> {
   checkWindow(config, options);
   requireText(options);
   const sparsity = await openSparsity(options.sparsity);
-  const opening = openCommandDevice(options);
+  const instruments = await Instruments.open(options);
+  const { timeline } = instruments;
+  const opening = openCommandDevice(options, timeline);
   opening.catch(() => {});
-  const tokenizer = options.ids === undefined ? await loadTokenizer(dir) : undefined;
-  const sources = tokenizer ? fileSources(options, tokenizer) : [await idsSource(options.ids!)];
+  const tokenizer = options.ids === undefined
+    ? await timed(timeline, "phases", "load the tokenizer", () => loadTokenizer(dir))
+    : undefined;
+  const sources = tokenizer ? fileSources(options, tokenizer, timeline) : [await idsSource(options.ids!)];
   const single = sources.length === 1 ? await sources[0]!.open() : undefined;
   try {
     const context = await planContext(config, sources, single, options);
@@ -134,7 +133,7 @@ export async function runScore(options: ScoreOptions): Promise<number> {
       const gpu = await opening;
       try {
         const documents = single ? [{ open: () => Promise.resolve(single) }] : sources;
-        return await scoreAll(gpu, source, config, documents, context, sparsity, options);
+        return await scoreAll(gpu, source, config, documents, context, sparsity, instruments, options);
       } finally {
         gpu.destroy();
       }
@@ -177,12 +176,16 @@ async function idsSource(path: string): Promise<DocumentSource> {
   };
 }
 
-function fileSources(options: ScoreOptions, tokenizer: GPT2Tokenizer): DocumentSource[] {
+function fileSources(
+  options: ScoreOptions,
+  tokenizer: GPT2Tokenizer,
+  timeline: Timeline | undefined,
+): DocumentSource[] {
   const files = options.files.length > 0 ? options.files : ["-"];
   return files.map((path) => ({
     async open() {
       const input = await openText(path);
-      const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength);
+      const tokens = new TextTokens(tokenizer.encoder(), input.pieces, input.byteLength, timeline);
       return {
         name: path,
         tokens,
@@ -238,6 +241,7 @@ async function scoreAll(
   documents: readonly Pick<DocumentSource, "open">[],
   context: number,
   sparsity: Sparsity,
+  instruments: Instruments,
   options: ScoreOptions,
 ): Promise<number> {
   const elem = chooseElem(options.dtype, gpu.caps);
@@ -247,7 +251,8 @@ async function scoreAll(
   const positions: Positions = choosePositions(config, options, Math.max(context, window));
   const comparing = options.compare;
   const needs = { elem, context: Math.min(context, window), positions, sparsity, scoring: true, comparing };
-  const loaded = await loadModel(gpu, source, config, needs, options, progress);
+  const { profiling } = instruments;
+  const loaded = await loadModel(gpu, source, config, needs, options, progress, profiling);
   const { controller, stop } = abortOnInterrupt(() => progress.clear());
   const output = options.json ? new JsonArray() : undefined;
   const scores: DocumentScore[] = [];
@@ -261,6 +266,7 @@ async function scoreAll(
           document,
           window,
           controller.signal,
+          instruments,
           options,
           progress,
         );
@@ -277,6 +283,11 @@ async function scoreAll(
         formatReport({ file: `all ${scores.length} files`, window, ...scoreNumbers(totalScore(scores)) }),
       );
     }
+    if (!options.json) {
+      const profile = await instruments.profile(gpu, loaded.model, loaded.profiler);
+      if (profile) writeNote(formatProfile(profile));
+    }
+    await instruments.writeTrace(gpu, loaded.profiler);
     return 0;
   } catch (error) {
     if (controller.signal.aborted && error === controller.signal.reason) {
@@ -289,7 +300,6 @@ async function scoreAll(
     progress.clear();
     // What was scored before an error or an interruption is printed, and is a whole JSON document.
     output?.end();
-    if (loaded.profiler && !options.json) writeNote(formatProfile(loaded.profiler.report()));
     loaded.profiler?.destroy();
     loaded.model.destroy();
   }
@@ -301,11 +311,11 @@ async function scoreOne(
   document: Document,
   window: number,
   signal: AbortSignal,
+  instruments: Instruments,
   options: ScoreOptions,
   progress: ProgressLine,
 ): Promise<{ score: DocumentScore; report: ScoreReport }> {
   const { maxTokens = Infinity } = options;
-  if (options.json) profiler?.reset(); // each document has its own there
   const nll: (number | null)[] = [];
   const logits: Record<string, number[]> = {};
   const wanted = new Set(options.logits);
@@ -339,6 +349,8 @@ async function scoreOne(
   while (options.tokenNll && nll.length < score.tokens) nll.push(null);
   const elapsedMs = performance.now() - starting;
   const sparsity = sparsityReport(model);
+  const profile = options.json ? await instruments.profile(gpu, model, profiler) : undefined;
+  if (profile) await instruments.restart(profiler); // each document has its own, the first with the loading
   const report: ScoreReport = {
     file: document.name,
     window,
@@ -346,7 +358,7 @@ async function scoreOne(
     ...(options.tokenNll ? { token_nll: nll } : {}),
     ...(wanted.size > 0 ? { logits } : {}),
     ...(sparsity ? { sparsity } : {}),
-    ...(profiler ? { profile: profiler.report().kernels } : {}),
+    ...(profile ? { profile } : {}),
     timings: {
       load_ms: loadMs,
       tokenize_ms: document.tokenizeMs(),

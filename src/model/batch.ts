@@ -47,6 +47,7 @@ export async function* generateBatch(
   const decoder = await model.decoder({ sampling, logprobs });
   const slots: (Generation | undefined)[] = new Array(decoder.sequences).fill(undefined);
   let begun = 0;
+  const endGeneration = model.timeline?.begin("phases", "generate");
   try {
     for (;;) {
       // Every free slot takes a prompt; a first token needs room among the results on their way.
@@ -84,6 +85,7 @@ export async function* generateBatch(
     }
   } finally {
     await decoder.discard();
+    endGeneration?.();
   }
 }
 

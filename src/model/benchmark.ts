@@ -26,6 +26,7 @@ import {
   scoreRanges,
   STANDARD_ATTENTION,
 } from "../kernels/standard_attention/standard_attention.ts";
+import { attendedByLists } from "../kvcache/attended.ts";
 import { packLists } from "../kvcache/block_lists.ts";
 import { KvCache } from "../kvcache/cache.ts";
 import { kvLayout } from "../kvcache/layout.ts";
@@ -37,7 +38,7 @@ import { DoesNotFitError, LongformError } from "../runtime/errors.ts";
 import { fmix32 } from "../runtime/fmix32.ts";
 import { type Elem, type Op, sizeOf, supports } from "../runtime/kernel.ts";
 import { Recorder } from "../runtime/pass.ts";
-import { Profiler } from "../runtime/profiler.ts";
+import { type ArithmeticUnit, Profiler } from "../runtime/profiler.ts";
 import type { GPT2Config } from "./config.ts";
 import { f16ToF32, f32ToF16 } from "./float16.ts";
 import type { Gpt2 } from "./gpt2.ts";
@@ -114,8 +115,13 @@ export class ScoresDoNotFit extends DoesNotFitError {
 export const GEMMS = ["c_attn", "c_proj", "c_fc", "mlp_c_proj"] as const;
 export type GemmName = typeof GEMMS[number];
 
-/** What a device's arithmetic peak is of: products of f16 matrices on tensor cores, or multiply-adds in f32. */
-export type PeakUnit = "matrix" | "fma";
+/** What a device can do at most, as kernels that do nothing else measure it. */
+export interface DevicePeaks {
+  /** Bytes a second, read and written. */
+  readonly copyRate: number;
+  /** Operations a second, a multiply-add being two; matrices undefined where the device has no tensor cores. */
+  readonly rates: { readonly fma: number; readonly matrix: number | undefined };
+}
 
 /**
  * Differences that are allowed between two kernels, as shares of the row's largest value. Of products: four roundings to
@@ -149,7 +155,7 @@ const WARM_UP_MS = 200;
 const PEAK_WORK = {
   matrix: { workgroups: 16_384, trips: 192 },
   fma: { workgroups: 16_384, trips: 64 },
-} as const satisfies Record<PeakUnit, object>;
+} as const satisfies Record<ArithmeticUnit, object>;
 const SOFTWARE_PEAK_WORK = { workgroups: 32, trips: 16 };
 
 /** Measures one model's parts on one device. */
@@ -183,22 +189,31 @@ export class Benchmark {
       const source = await buffer("source of copies", bytes);
       const out = await buffer("copies", bytes);
       const ms = await this.#time((r) => r.dispatch(copyBytes, variant, { bytes }, { source, out }));
-      return 2 * bytes / (Math.min(...ms) / 1000);
+      return copyBytes.work(variant, { bytes }, []).bytes / (Math.min(...ms) / 1000);
     });
   }
 
-  /** What `peakRate` measures: tensor cores for f16 where the device has them, else f32, as all other arithmetic is. */
-  get peakUnit(): PeakUnit {
-    const { elem } = this.#options;
-    return elem === "f16" && supports(subgroupMatrixPeak, {}, this.#gpu.caps) === true ? "matrix" : "fma";
+  /** All rates of the device. */
+  async peaks(): Promise<DevicePeaks> {
+    const matrix = this.#hasMatrixUnits ? await this.peakRate("matrix") : undefined;
+    return { copyRate: await this.copyRate(), rates: { fma: await this.peakRate("fma"), matrix } };
+  }
+
+  get #hasMatrixUnits(): boolean {
+    return supports(subgroupMatrixPeak, {}, this.#gpu.caps) === true;
+  }
+
+  /** What most arithmetic of a run is done by: tensor cores for f16 where the device has them. */
+  get peakUnit(): ArithmeticUnit {
+    return this.#options.elem === "f16" && this.#hasMatrixUnits ? "matrix" : "fma";
   }
 
   /** Operations a second of arithmetic from registers, a multiply-add being two: the fastest of the runs. */
-  async peakRate(): Promise<number> {
+  async peakRate(unit = this.peakUnit): Promise<number> {
     const { caps, pipelines } = this.#gpu;
     const variant = {};
-    const isMatrix = this.peakUnit === "matrix";
-    const work = caps.isSoftware ? SOFTWARE_PEAK_WORK : PEAK_WORK[this.peakUnit];
+    const isMatrix = unit === "matrix";
+    const work = caps.isSoftware ? SOFTWARE_PEAK_WORK : PEAK_WORK[unit];
     const { flop, outBytes } = isMatrix ? subgroupMatrixWork(work) : fmaWork(work);
     const ms = await withBuffers(this.#gpu, async (buffer) => {
       const out = await buffer("results from registers", outBytes);
@@ -254,16 +269,17 @@ export class Benchmark {
             return await readRows(someOut, 0, count, columns, stored);
           }),
       });
+      const problem = { rows, inner, columns };
       const ms = await this.#time((r) =>
-        r.dispatch(chosen.kernel, chosen.variant, { rows, inner, columns }, { x, w, bias, out })
+        r.dispatch(chosen.kernel, chosen.variant, problem, { x, w, bias, out })
       );
-      const outBytes = out.byteLength * (epilogue === "residual" ? 2 : 1);
+      const { bytes, flops: flop } = chosen.kernel.work(chosen.variant, problem, []);
       return {
         kernel: chosen.kernel.name,
         ms,
         tokens: rows,
-        flop: 2 * rows * inner * columns,
-        bytes: x.byteLength + w.byteLength + bias.byteLength + outBytes,
+        flop,
+        bytes,
         peakBytes,
         check,
       };
@@ -295,7 +311,7 @@ export class Benchmark {
         const record = (r: Recorder) => this.#recordFlash(r, chosen, sparse, 0, tokens);
         const check = await this.#checkAttention(chosen, other, TOLERANCES.sparse, sparse, record);
         const ms = await this.#time(record);
-        const flop = this.#sparseFlop(lists);
+        const flop = this.#sparseFlop(lists, tokens);
         return { kernel: chosen.kernel.name, ms, tokens, flop, peakBytes, density: density([lists]), check };
       }));
   }
@@ -382,7 +398,7 @@ export class Benchmark {
     }
     const rows = Math.ceil(tokens / KV_BLOCK);
     const lists = modelLists(sparsity, { layers: nLayer, heads: nHead }, rows);
-    const flop = shared + lists.reduce((sum, one) => sum + this.#sparseFlop(one) / nHead, 0);
+    const flop = shared + lists.reduce((sum, one) => sum + this.#sparseFlop(one, tokens) / nHead, 0);
     return { ms, tokens, flop, peakBytes, density: density(lists) };
   }
 
@@ -446,11 +462,9 @@ export class Benchmark {
   }
 
   /** The same over the blocks of lists, in all heads alike. */
-  #sparseFlop({ full, partial }: BlockLists): number {
+  #sparseFlop(lists: BlockLists, tokens: number): number {
     const { nHead, headDim } = this.#config;
-    const pairs = full.indices.length * KV_BLOCK ** 2 +
-      partial.indices.length * KV_BLOCK * (KV_BLOCK + 1) / 2;
-    return 4 * nHead * headDim * pairs;
+    return 4 * nHead * headDim * attendedByLists([lists], { qLen: tokens, firstPosition: 0 }).pairs;
   }
 
   #gemmSizes(name: GemmName): { inner: number; columns: number; epilogue: Epilogue } {
@@ -797,12 +811,12 @@ class Stopwatch {
       await this.#gpu.idle();
       return performance.now() - starting;
     }
-    await this.#profiler.collect();
+    await this.#profiler.settle();
     return this.#gpuMs() - before;
   }
 
   #gpuMs(): number {
-    return this.#profiler?.report().kernels.reduce((sum, { gpuMs }) => sum + gpuMs, 0) ?? 0;
+    return this.#profiler?.report().gpu.kernelsMs ?? 0;
   }
 
   destroy(): void {

@@ -44,7 +44,7 @@ export interface ClassifierParts {
   /** Writes tokens from the `at`th on, the first at position `first`. @throws InputError for one that there is not */
   readonly packTokens: (packed: DataView, at: number, ids: ArrayLike<number>, first: number) => void;
   /** The layers over the uploaded tokens and segments. */
-  readonly recordLayers: (r: Recorder, rows: number) => void;
+  readonly recordLayers: (r: Recorder, rows: number, segments: Uint32Array) => void;
 }
 
 /** A document to be classified by the score head. */
@@ -205,7 +205,7 @@ export class Classifier {
     documents: number,
     signal: AbortSignal | undefined,
   ): Promise<Recorder> {
-    const { cache, activations, buffers, memory, profiler, isSparse } = this.#parts;
+    const { cache, activations, buffers, memory, isSparse } = this.#parts;
     const rows = segments.length / 4;
     const { chunkTokens } = memory;
     if (documents > 1 && rows > this.packRows) {
@@ -216,13 +216,15 @@ export class Classifier {
       signal?.throwIfAborted();
       const count = Math.min(chunkTokens, rows - first);
       upload(activations.tokens, new DataView(tokens.buffer, TOKEN_BYTES * first, TOKEN_BYTES * count));
-      if (!isSparse) upload(buffers.segments, segments.subarray(4 * first, 4 * (first + count)));
+      const own = segments.subarray(4 * first, 4 * (first + count));
+      if (!isSparse) upload(buffers.segments, own);
       const r = this.#recorder("documents");
-      this.#parts.recordLayers(r, count);
+      r.beginStep(`rows ${first} to ${first + count - 1}`);
+      this.#parts.recordLayers(r, count, own);
+      r.enter("heads");
       record(r, first, count);
       if (first + count === rows) return r;
       r.submit();
-      await profiler?.collect();
       await this.#pace();
     }
   }
@@ -272,13 +274,17 @@ export class Classifier {
         // Rows are counted within a chunk.
         upload(rowSegments, packSegments(some.map((piece) => ({ ...piece, first: piece.first - first }))));
         kernels.finalNorm(r, activations.x, weights.ln_f, normedRows, 0, rows);
-        const sums = { segments: some.length, firstSegment: 0 };
+        const sums = { segments: some.length, firstSegment: 0, summedRows: unionRows(some) };
         kernels.segmentSum(r, normedRows, rowSegments, buffers.pieces, sums);
       },
       finish: (r: Recorder) => {
         // Behind all pieces: what the chunk before reads must stay as it is until it has run.
         upload(rowSegments, packSegments(means), SEGMENT_BYTES * pieces.length);
-        const sums = { segments: means.length, firstSegment: pieces.length };
+        const sums = {
+          segments: means.length,
+          firstSegment: pieces.length,
+          summedRows: pieces.length,
+        };
         kernels.segmentSum(r, buffers.pieces, rowSegments, buffers.features, sums);
       },
     };
@@ -300,7 +306,11 @@ export class Classifier {
         upload(this.#parts.buffers.rowSegments, packSegments(moved), SEGMENT_BYTES * from);
       }
       const { kernels, activations, buffers: { rowSegments, pooled } } = this.#parts;
-      const gathered = { segments: end - from, firstSegment: from };
+      const gathered = {
+        segments: end - from,
+        firstSegment: from,
+        summedRows: unionRows(segments.slice(from, end)),
+      };
       kernels.segmentSum(r, activations.x, rowSegments, pooled, gathered);
     };
   }
@@ -324,13 +334,12 @@ export class Classifier {
     byteLength: number,
     unpack: (bytes: ArrayBuffer) => T,
   ): PendingPack<T> {
-    const { readbacks, profiler } = this.#parts;
+    const { readbacks } = this.#parts;
     const readback = readbacks[this.#submitted++ % readbacks.length]!;
     r.copy(results, 0, readback, 0, byteLength);
     r.submit();
     const read = async () => {
       const bytes = await readback.read();
-      await profiler?.collect();
       return unpack(bytes);
     };
     const result = read();
@@ -346,4 +355,11 @@ export class Classifier {
 /** Rows that labels take as the branches of a document, without the last token of each. */
 export function labelBranchRows(labels: readonly Uint32Array[]): number {
   return packedRows(labels.reduce((sum, ids) => sum + ids.length - 1, 0));
+}
+
+/** Different rows of segments of which those that overlap begin at the same row. */
+function unionRows(segments: readonly RowSegment[]): number {
+  const most = new Map<number, number>();
+  for (const { first, rows } of segments) most.set(first, Math.max(most.get(first) ?? 0, rows));
+  return [...most.values()].reduce((sum, rows) => sum + rows, 0);
 }

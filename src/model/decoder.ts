@@ -179,7 +179,6 @@ export class Decoder {
     const submission = this.#submissions[0];
     if (!submission) throw new Error("Nothing is in flight");
     const bytes = await submission.bytes;
-    if (submission.taken === 0) await this.#parts.profiler?.collect();
     const step = submission.taken++;
     this.#inFlight--;
     if (submission.taken === submission.steps) this.#submissions.shift();
@@ -204,6 +203,20 @@ export class Decoder {
     while (this.#inFlight > 0) await this.next();
   }
 
+  /** Tokens of each sequence behind this many steps more than those in flight. */
+  #lengthsAt(steps: number): number[] {
+    const { cache } = this.#parts;
+    const appended = this.#submissions.reduce(
+      (sum, { appends, steps, taken }) => sum + (appends ? steps - taken : 0),
+      0,
+    );
+    // Sequences that have ended go on to the last row, and write there.
+    return Array.from(
+      { length: this.sequences },
+      (_, i) => Math.min(cache.lengthOf(i) + appended + steps, this.#parts.context),
+    );
+  }
+
   #checkRoom(steps: number): void {
     if (this.#inFlight + steps > this.mostInFlight) {
       throw new Error("There is no room for more steps in flight");
@@ -221,7 +234,13 @@ export class Decoder {
     // There are no more submissions in flight than steps.
     const readback = readbacks[this.#submitted++ % plan.inFlight]!;
     const r = new Recorder(gpu, appends ? "decode" : "first token", { profiler });
-    for (let step = 0; step < steps; step++) record(r, step);
+    for (let step = 0; step < steps; step++) {
+      if (profiler) {
+        const lengths = this.#lengthsAt(appends ? step + 1 : 0);
+        r.beginStep(this.sequences === 1 ? `token ${lengths[0]}` : "tokens", lengths);
+      }
+      record(r, step);
+    }
     const sizes = stepResultBytes(plan);
     r.copy(buffers.results, 0, readback, 0, steps * sizes.results);
     if (this.#options.logprobs !== undefined) {
@@ -259,6 +278,7 @@ export class Decoder {
     const { gpu, kernels, buffers, logits, config, context, plan } = this.#parts;
     const { sampling, logprobs } = this.#options;
     const list = new DispatchList(gpu);
+    list.enter("draw");
     const where = { vocab: config.vocabSize, sequences: plan.sequences, rows, firstSequence, slot };
     kernels.draw(list, logits, buffers, { ...where, ...sampling, capacity: context });
     if (logprobs !== undefined) {

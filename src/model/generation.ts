@@ -73,6 +73,7 @@ export async function* generate(
   // The last token of a full context is drawn, but nothing runs behind it.
   const most = Math.min(maxTokens, model.context - model.length + 1);
   const depth = Math.min(options.inFlight ?? decoder.mostInFlight, decoder.mostInFlight);
+  const endDecoding = model.timeline?.begin("phases", "decode");
   try {
     if (most > 0) decoder.begin(0, seen, sampling.seed, restored);
     for (let drawn = 0; drawn < most; drawn++) {
@@ -89,6 +90,7 @@ export async function* generate(
     return text.finish("length");
   } finally {
     await decoder.discard();
+    endDecoding?.();
   }
 }
 

@@ -4,11 +4,13 @@
  */
 import { DIVERGENCE_BYTES, type Divergences, unpackDivergence } from "../kernels/divergence/divergence.ts";
 import { packToken, TOKEN_BYTES } from "../kernels/embedding/embedding.ts";
+import { packAttended } from "../kernels/flash_attention/flash_attention.ts";
 import {
   type AttentionKind,
   decodeRoles,
   type ForcedKernels,
   headRoles,
+  type KvView,
   ModelKernels,
   PACK_HEAD_ROLES,
   prefillRoles,
@@ -24,6 +26,7 @@ import { DoesNotFitError, InputError } from "../runtime/errors.ts";
 import { createParameters, type Elem } from "../runtime/kernel.ts";
 import { type Dispatcher, DispatchList, Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
+import { timed, type Timeline } from "../runtime/timeline.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import { Classifier, type ClassifyingBuffers } from "./classifier.ts";
 import type { GPT2Config } from "./config.ts";
@@ -199,6 +202,20 @@ export class Gpt2 {
    * @throws InputError when a block mask does not fit the model or the context
    */
   static async load(gpu: Gpu, source: WeightSource, config: GPT2Config, options: Gpt2Options): Promise<Gpt2> {
+    return await timed(
+      gpu.timeline,
+      "phases",
+      "load the model",
+      () => Gpt2.#load(gpu, source, config, options),
+    );
+  }
+
+  static async #load(
+    gpu: Gpu,
+    source: WeightSource,
+    config: GPT2Config,
+    options: Gpt2Options,
+  ): Promise<Gpt2> {
     const { elem, onLoad, sparsity = DENSE } = options;
     if ("mask" in sparsity) checkMask(sparsity.mask, config.nLayer, config.nHead);
     const checkpoint = resolveCheckpoint(source, config);
@@ -217,6 +234,7 @@ export class Gpt2 {
     const compiled = kernels.prepare(expectedRoles(options, plan));
     compiled.catch(() => {});
     const owned: { destroy(): void }[] = [];
+    const endAllocation = gpu.timeline?.begin("phases", "allocate buffers");
     try {
       const cache = await KvCache.create(gpu, plan.kv, options.blockTable);
       owned.push(cache);
@@ -273,13 +291,16 @@ export class Gpt2 {
         buffers: classifyingBuffers,
         readbacks: readbacks(classifying.inFlight, "a pack", packResultBytes(classifying)),
       };
+      endAllocation?.();
       const classes = classifying?.classes;
-      const weights = await loadWeights(gpu, source, checkpoint, config, elem, {
-        classes,
-        onProgress: onLoad,
-      });
+      const weights = await timed(
+        gpu.timeline,
+        "phases",
+        "load weights",
+        () => loadWeights(gpu, source, checkpoint, config, elem, { classes, onProgress: onLoad }),
+      );
       owned.push(weights);
-      await compiled;
+      await timed(gpu.timeline, "phases", "wait for kernels", () => compiled);
       return new Gpt2(gpu, config, options, {
         plan,
         kernels,
@@ -329,6 +350,11 @@ export class Gpt2 {
     return this.#cache.sparsity;
   }
 
+  /** What the host does and when, where somebody wants to know. */
+  get timeline(): Timeline | undefined {
+    return this.#gpu.timeline;
+  }
+
   /** The cache, to save its contents. */
   get cache(): KvCache {
     return this.#cache;
@@ -362,6 +388,10 @@ export class Gpt2 {
     tokens: TokenSource | ArrayLike<number>,
     options: PrefillOptions = {},
   ): Promise<Float32Array> {
+    return await timed(this.timeline, "phases", "prefill", () => this.#prefill(tokens, options));
+  }
+
+  async #prefill(tokens: TokenSource | ArrayLike<number>, options: PrefillOptions): Promise<Float32Array> {
     const source = "take" in tokens ? tokens : tokensOf(tokens);
     const isCompared = options.onDivergence !== undefined;
     const sequence = isCompared ? SPARSE_SEQUENCE : options.sequence ?? 0;
@@ -381,10 +411,11 @@ export class Gpt2 {
       await this.#kernels.prepare(kinds.flatMap((one) => prefillRoles([chunk.length], one)));
       this.#upload(chunk, sequence);
       const r = this.#recorder("prefill", options.tap);
+      const first = this.#cache.lengthOf(sequence);
+      r.beginStep(`tokens ${first} to ${first + chunk.length - 1}`);
       if (isCompared) this.#recordDense(r, chunk.length);
       this.#recordLayers(r, chunk.length, sequence);
       r.submit();
-      await this.#profiler?.collect();
       const next = await takeUnlessAborted(source, chunkTokens, options.signal);
       if (next.length > 0) this.#checkId(next[0]!, this.#cache.lengthOf(sequence));
       if (scores) await this.#score(scores, done, chunk, next[0]);
@@ -404,7 +435,6 @@ export class Gpt2 {
     this.#copyLogits(r);
     r.submit();
     const logits = await this.#logitsReadback.read();
-    await this.#profiler?.collect();
     await submitted;
     await scores?.flush();
     options.onProgress?.(done + chunk.length);
@@ -423,13 +453,13 @@ export class Gpt2 {
     upload(buffers.sequences, packSequence({ length, step: 0, seed: 0 }));
     const step = await this.decodeStepList();
     const r = this.#recorder("decode");
+    r.beginStep(`token ${length}`, [length + 1]);
     this.#summarizeBlocks(r, 0);
     r.replay(step);
     this.#copyLogits(r);
     r.submit();
     this.#cache.advance(1);
     const logits = await this.#logitsReadback.read();
-    await this.#profiler?.collect();
     return new Float32Array(logits);
   }
 
@@ -476,8 +506,16 @@ export class Gpt2 {
       activations: { x, final, logits, targets, nll, tokens },
       weights: { ln_f, lm_head, score: score ?? [] },
       packTokens: (packed, at, ids, first) => this.#packTokensAt(packed, at, ids, first),
-      recordLayers: (r, rows) =>
-        this.#recordLayers(r, rows, 0, isSparse ? {} : { segments: classifying.buffers.segments }),
+      recordLayers: (r, rows, segments) =>
+        this.#recordLayers(
+          r,
+          rows,
+          0,
+          isSparse ? {} : {
+            segments: classifying.buffers.segments,
+            attended: (p) => packAttended(segments, p),
+          },
+        ),
     });
   }
 
@@ -507,6 +545,7 @@ export class Gpt2 {
     const count = Math.floor(this.#cache.lengthOf(sequence) / KV_BLOCK);
     if (attentionKind(this.sparsity) !== "topk" || count === 0) return;
     for (let i = 0; i < this.#cache.layers; i++) {
+      r.enter(layerName(i));
       this.#kernels.summarizeBlocks(r, this.#cache.layerOfAll(i), { sequence, count });
     }
   }
@@ -559,7 +598,11 @@ export class Gpt2 {
     r: Recorder,
     tokens: number,
     sequence: number,
-    { isDense = false, segments }: { isDense?: boolean; segments?: GpuBuffer } = {},
+    { isDense = false, segments, attended: ofSegments }: {
+      isDense?: boolean;
+      segments?: GpuBuffer;
+      attended?: KvView["attended"];
+    } = {},
   ): void {
     const { x, normed, qkv, attended, hidden } = this.#activations;
     const { wte, wpe, blocks } = this.#weights;
@@ -567,11 +610,15 @@ export class Gpt2 {
     const firstPosition = this.#cache.lengthOf(sequence);
     this.#cache.advance(tokens, sequence);
 
+    r.enter("embedding");
     kernels.embed(r, this.#activations.tokens, wte, wpe, x, tokens);
     r.tap("embedding", x);
     for (const [i, block] of blocks.entries()) {
+      r.enter(layerName(i));
       const cached = this.#cache.layer(i, sequence);
-      const kv = isDense || segments ? { ...cached, lists: undefined, segments } : cached;
+      const kv = isDense || segments
+        ? { ...cached, lists: undefined, segments, attended: ofSegments }
+        : cached;
       kernels.layerNorm(r, x, block.ln_1, normed, tokens);
       kernels.matmul(r, normed, block.c_attn, qkv, tokens, "bias");
       kernels.appendKv(r, qkv, kv, { tokens, firstPosition });
@@ -604,8 +651,10 @@ export class Gpt2 {
     const { pattern } = this.sparsity;
     await kernels.prepare(decodeRoles(sequences, attentionKind(this.sparsity)));
     const list = new DispatchList(this.#gpu, parameters);
+    list.enter("embedding");
     kernels.embed(list, buffers.nextTokens, wte, wpe, x, sequences);
     for (const [i, block] of blocks.entries()) {
+      list.enter(layerName(i));
       const attention = { qkv, ...buffers };
       kernels.normedGemv(list, x, block.ln_1, block.c_attn, qkv, sequences, "bias");
       const kv = this.#cache.layerOfAll(i);
@@ -614,7 +663,7 @@ export class Gpt2 {
         : undefined;
       if (selection) kernels.selectBlocks(list, attention, kv, { sequences, ...selection });
       kernels.decodeAttention(list, attention, kv, { sequences, scale: this.#scale(i) }, selection);
-      kernels.mergedGemv(list, attention, block.c_proj, x, sequences);
+      kernels.mergedGemv(list, attention, block.c_proj, x, sequences, kv, selection);
       kernels.normedGemv(list, x, block.ln_2, block.c_fc, hidden, sequences, "bias_gelu");
       kernels.outputGemv(list, hidden, block.mlp_c_proj, x, sequences);
     }
@@ -626,6 +675,7 @@ export class Gpt2 {
   #recordHead(r: Dispatcher, firstRow: number, rows: number, onFinal?: (final: GpuBuffer) => void): void {
     const { x, final, logits } = this.#activations;
     const { ln_f, lm_head } = this.#weights;
+    r.enter(OUTPUT_HEAD);
     this.#kernels.finalNorm(r, x, ln_f, final, firstRow, rows);
     onFinal?.(final);
     this.#kernels.lmHead(r, final, lm_head, logits, { rows, vocab: this.config.vocabSize });
@@ -658,7 +708,13 @@ export class Gpt2 {
       "nll",
       ...(comparison ? ["divergence"] as const : []),
     ]);
-    let r = this.#recorder("score");
+    const recorder = () => {
+      const made = this.#recorder("score");
+      made.beginStep(`tokens ${first} to ${first + chunk.length - 1}`);
+      made.enter(OUTPUT_HEAD);
+      return made;
+    };
+    let r = recorder();
     for (let row = 0; row < chunk.length; row += this.#plan.logitRows) {
       const rows = Math.min(this.#plan.logitRows, chunk.length - row);
       const wanted = scores.wantedRows(first + row, rows);
@@ -679,8 +735,7 @@ export class Gpt2 {
         r.copy(logits, 4 * one * vocab, this.#logitsReadback, 0, 4 * vocab);
         r.submit();
         scores.showLogits(first + row + one, new Float32Array(await this.#logitsReadback.read()));
-        await this.#profiler?.collect();
-        r = this.#recorder("score");
+        r = recorder();
       }
     }
     if (scored > 0) {
@@ -691,13 +746,20 @@ export class Gpt2 {
       }
     }
     r.submit();
-    await this.#profiler?.collect();
     await scores.readEarlier();
   }
 
   #recorder(label: string, tap?: Tap): Recorder {
     return new Recorder(this.#gpu, label, { profiler: this.#profiler, tap });
   }
+}
+
+/** The part of the model that makes logits, in traces. */
+const OUTPUT_HEAD = "output head";
+
+/** A block of the model, in traces. */
+function layerName(i: number): string {
+  return `layer ${i}`;
 }
 
 /** Where tokens run that are compared with dense attention, and where they do with it. */

@@ -7,7 +7,8 @@ import { hasLists, type Sparsity } from "../kvcache/sparsity.ts";
 import { type Gpu, openDevice } from "../runtime/device.ts";
 import { DoesNotFitError, InputError, LongformError, UsageError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import type { ProfiledUnit, Profiler } from "../runtime/profiler.ts";
+import type { Profiler, ProfilerOptions } from "../runtime/profiler.ts";
+import { timed, type Timeline } from "../runtime/timeline.ts";
 import { resolveCheckpoint } from "./checkpoint.ts";
 import {
   checkHead,
@@ -77,8 +78,10 @@ export interface LoadOptions {
   /** Threads that encode documents; by the number of cores when left out. */
   readonly encodingWorkers?: number | undefined;
   readonly kernels?: ForcedKernels | undefined;
-  /** Times kernels on the GPU, or, where the device can, passes; see `profiler`. */
-  readonly profile?: ProfiledUnit | undefined;
+  /** Times kernels or passes on the GPU, where the device can; see `profiler`. */
+  readonly profile?: ProfilerOptions | undefined;
+  /** Takes what the host does and when. */
+  readonly timeline?: Timeline | undefined;
   readonly onNotice?: ((message: string) => void) | undefined;
   readonly onLoad?: ((loadedBytes: number, totalBytes: number) => void) | undefined;
   /** Called with what was opened, before anything is loaded. */
@@ -163,7 +166,7 @@ export class Longform {
   readonly config: GPT2Config;
   /** The graph on the device, with its memory plan. */
   readonly model: Gpt2;
-  /** Undefined unless `profile` was asked for. */
+  /** Undefined unless `profile` was asked for, and where the device has no timestamps. */
   readonly profiler: Profiler | undefined;
   readonly loadMs: number;
   readonly #dir: string;
@@ -215,6 +218,7 @@ export class Longform {
       ...(options.adapter === undefined ? {} : { adapter: options.adapter }),
       fallbackAdapter: options.fallbackAdapter ?? false,
       onNotice: options.onNotice ?? (() => {}),
+      timeline: options.timeline,
     });
     opening.catch(() => {});
     const pool = uses.includes("classify") && workers > 0 ? EncodingPool.open(dir, workers) : undefined;
@@ -256,7 +260,12 @@ export class Longform {
 
   /** @throws ModelError when the folder has no tokenizer */
   tokenizer(): Promise<GPT2Tokenizer> {
-    return this.#tokenizer ??= loadTokenizer(this.#dir);
+    return this.#tokenizer ??= timed(
+      this.gpu.timeline,
+      "phases",
+      "load the tokenizer",
+      () => loadTokenizer(this.#dir),
+    );
   }
 
   /**
@@ -435,7 +444,8 @@ export class Longform {
         const { text } = document;
         this.#pool ??= EncodingPool.open(this.#dir, this.#workers);
         const pool = await this.#pool;
-        yield { document, size: text.length, encode: (most) => pool.encode(text, most) };
+        const { timeline } = this.gpu;
+        yield { document, size: text.length, encode: (most) => encodeTraced(pool, text, most, timeline) };
       }
     }
   }
@@ -550,4 +560,16 @@ function planRun(
       inFlight: PACKS_IN_FLIGHT,
     },
   };
+}
+
+/** Encodes as the pool does, and notes when its thread did. */
+async function encodeTraced(
+  pool: EncodingPool,
+  text: string,
+  most: number,
+  timeline: Timeline | undefined,
+): Promise<EncodedText> {
+  const encoded = await pool.encode(text, most);
+  timeline?.add("tokenization", "document", encoded.encodeMs);
+  return encoded;
 }

@@ -5,9 +5,9 @@ import { fileURLToPath } from "node:url";
 import { parseMask, type Pattern } from "../kvcache/patterns.ts";
 import type { Sparsity } from "../kvcache/sparsity.ts";
 import type { Capabilities, Gpu } from "../runtime/device.ts";
-import { DeviceError, InputError, LongformError } from "../runtime/errors.ts";
+import { DeviceError, InputError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import { type ProfiledUnit, Profiler } from "../runtime/profiler.ts";
+import { Profiler, type ProfilerOptions } from "../runtime/profiler.ts";
 
 /** The folder of the embedded model. */
 export const DEFAULT_MODEL = fileURLToPath(new URL("../../weights/classics-16k", import.meta.url).href);
@@ -67,13 +67,7 @@ export function inFlightOf({ caps }: Gpu): number {
   return caps.isSoftware ? SOFTWARE_IN_FLIGHT : IN_FLIGHT;
 }
 
-/**
- * What times kernels, or passes where the device can; undefined where nothing is asked for.
- * @throws LongformError where the device cannot time kernels
- */
-export function openProfiler(gpu: Gpu, unit: ProfiledUnit | undefined): Profiler | undefined {
-  if (unit === undefined) return undefined;
-  if (gpu.caps.timestamps) return new Profiler(gpu, unit);
-  if (unit === "passes") return undefined;
-  throw new LongformError(`${gpu.caps.name} has no timestamp queries, which --profile needs`);
+/** What times kernels, or passes; undefined where nothing is asked for, and where the device has no timestamps. */
+export function openProfiler(gpu: Gpu, options: ProfilerOptions | undefined): Profiler | undefined {
+  return options && gpu.caps.timestamps ? new Profiler(gpu, options) : undefined;
 }

@@ -1,4 +1,5 @@
 /** Where a prompt's tokens come from: a list of ids, or a text that is encoded as they are asked for. */
+import type { Timeline } from "../runtime/timeline.ts";
 import type { PieceEncoder } from "./tokenizer.ts";
 
 /** Tokens in order, made as they are asked for. */
@@ -30,6 +31,7 @@ export class TextTokens implements TokenSource {
   readonly #encoder: PieceEncoder;
   readonly #pieces: AsyncIterator<string>;
   readonly #totalBytes: number;
+  readonly #timeline: Timeline | undefined;
   /** The piece that is being encoded, from `#at` on. */
   #piece = "";
   #at = 0;
@@ -42,7 +44,13 @@ export class TextTokens implements TokenSource {
   #taken = 0;
 
   /** @param totalBytes UTF-8 bytes of all pieces, or a limit that they keep to, if one is known */
-  constructor(encoder: PieceEncoder, pieces: AsyncIterable<string>, totalBytes = Infinity) {
+  constructor(
+    encoder: PieceEncoder,
+    pieces: AsyncIterable<string>,
+    totalBytes = Infinity,
+    timeline?: Timeline,
+  ) {
+    this.#timeline = timeline;
     this.#encoder = encoder;
     this.#pieces = pieces[Symbol.asyncIterator]();
     this.#totalBytes = encoder.isByteBounded ? totalBytes : Infinity;
@@ -125,7 +133,9 @@ export class TextTokens implements TokenSource {
   #keep(encode: () => Uint32Array): void {
     const starting = performance.now();
     const ids = encode();
-    this.#encodeMs += performance.now() - starting;
+    const elapsedMs = performance.now() - starting;
+    this.#encodeMs += elapsedMs;
+    this.#timeline?.add("tokenization", "text", elapsedMs);
     if (ids.length > 0) this.#batches.push(ids);
     this.#known += ids.length;
   }

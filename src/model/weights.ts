@@ -230,7 +230,9 @@ class Loader {
 
     const read = async (first: number, turn: number): Promise<Uint8Array> => {
       const slice = this.#slice(turn % 2, Math.min(sliceRows, rowCount - first) * sourceRowBytes);
+      const end = this.#gpu.timeline?.begin("files", `read ${name}`);
       await this.#source.read(info.name, first * sourceRowBytes, slice);
+      end?.(slice.byteLength);
       return slice;
     };
     let next = read(0, 0);
@@ -238,7 +240,9 @@ class Loader {
       const slice = await next;
       if (first + sliceRows < rowCount) next = read(first + sliceRows, turn);
       next.catch(() => {}); // reported when awaited; this slice may fail before
+      const endConversion = this.#gpu.timeline?.begin("files", `convert ${name}`);
       const converted = convertElements(slice, info.dtype, elem);
+      endConversion?.();
       this.#refuseUnusable(info, first * rowElements, converted);
       const bytes = padRows(converted.bytes, columns, sizeOf(elem));
       const count = slice.byteLength / sourceRowBytes;

@@ -1,20 +1,29 @@
 /** GPU buffers with labels and byte accounting, uploads and readbacks. */
 import { DoesNotFitError } from "./errors.ts";
 import type { Gpu } from "./device.ts";
+import type { Timeline } from "./timeline.ts";
 
 /** What a buffer is for; the memory report adds up by purpose. */
 export type Purpose = "weights" | "kv" | "activations" | "staging";
 
 /** Bytes allocated on the device, counted when buffers are created and destroyed. */
 export class MemoryLedger {
+  readonly #timeline: Timeline | undefined;
   readonly #current: Record<Purpose, number> = { weights: 0, kv: 0, activations: 0, staging: 0 };
   #total = 0;
-  #peak = 0;
+  #peak: MemoryPeak = { atMs: 0, totalBytes: 0, bytes: { ...this.#current } };
+
+  constructor(timeline?: Timeline) {
+    this.#timeline = timeline;
+  }
 
   add(purpose: Purpose, bytes: number): void {
     this.#current[purpose] += bytes;
     this.#total += bytes;
-    this.#peak = Math.max(this.#peak, this.#total);
+    if (this.#total > this.#peak.totalBytes) {
+      this.#peak = { atMs: performance.now(), totalBytes: this.#total, bytes: { ...this.#current } };
+    }
+    this.#timeline?.sampleMemory(this.#current);
   }
 
   /** Bytes allocated now for one purpose. */
@@ -29,8 +38,21 @@ export class MemoryLedger {
 
   /** Most bytes that were ever allocated at once. */
   get peakBytes(): number {
+    return this.#peak.totalBytes;
+  }
+
+  /** When that was, and what for. */
+  get peak(): MemoryPeak {
     return this.#peak;
   }
+}
+
+/** The moment of the most bytes. */
+export interface MemoryPeak {
+  /** On the clock of `performance.now()`. */
+  readonly atMs: number;
+  readonly totalBytes: number;
+  readonly bytes: Readonly<Record<Purpose, number>>;
 }
 
 /** The device refused an allocation that is within its limits: the memory is used up. */
@@ -160,7 +182,9 @@ function requireBindable(gpu: Gpu, label: string, purpose: Purpose, byteLength: 
 export function upload(buffer: GpuBuffer, data: ArrayBufferView<ArrayBuffer>, byteOffset = 0): void {
   // As bytes: Dawn's binding ends the process when it is handed a Float16Array.
   const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+  const end = buffer.gpu.timeline?.begin("uploads", buffer.label);
   buffer.gpu.device.queue.writeBuffer(buffer.handle, byteOffset, bytes);
+  end?.(bytes.byteLength);
 }
 
 /** A mappable buffer that receives one copy; `read()` maps it, copies the bytes out and frees it. */
@@ -180,11 +204,10 @@ export class Readback {
 
   /** Waits for the copy that was submitted before this call; the buffer can be copied to again afterwards. */
   async read(): Promise<ArrayBuffer> {
-    const { handle, gpu } = this.#buffer;
-    await gpu.wait(handle.mapAsync(GPUMapMode.READ));
-    const bytes = handle.getMappedRange(0, Math.ceil(this.#byteLength / 4) * 4).slice(0, this.#byteLength);
-    handle.unmap();
-    return bytes;
+    return await this.#mapped(
+      this.#byteLength,
+      (mapped) => mapped.slice().buffer,
+    );
   }
 
   /** The same into memory of the caller's, the first `byteLength` bytes; returns that part of it. */
@@ -192,11 +215,26 @@ export class Readback {
     into: Uint8Array<ArrayBuffer>,
     byteLength = this.#byteLength,
   ): Promise<Uint8Array<ArrayBuffer>> {
-    const { handle, gpu } = this.#buffer;
-    await gpu.wait(handle.mapAsync(GPUMapMode.READ));
-    into.set(new Uint8Array(handle.getMappedRange(0, Math.ceil(byteLength / 4) * 4), 0, byteLength));
-    handle.unmap();
-    return into.subarray(0, byteLength);
+    return await this.#mapped(byteLength, (mapped) => {
+      into.set(mapped);
+      return into.subarray(0, byteLength);
+    });
+  }
+
+  /** Waits for the copy, and takes what is needed of it while it is mapped. */
+  async #mapped<T>(byteLength: number, take: (mapped: Uint8Array<ArrayBuffer>) => T): Promise<T> {
+    const { handle, gpu, label } = this.#buffer;
+    const end = gpu.timeline?.begin("readbacks", label);
+    try {
+      await gpu.wait(handle.mapAsync(GPUMapMode.READ));
+      const taken = take(
+        new Uint8Array(handle.getMappedRange(0, Math.ceil(byteLength / 4) * 4), 0, byteLength),
+      );
+      handle.unmap();
+      return taken;
+    } finally {
+      end?.(byteLength);
+    }
   }
 
   destroy(): void {

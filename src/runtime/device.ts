@@ -6,8 +6,10 @@ import { beginWait, createInstance, endWait, listAdapterNames } from "./dawn.ts"
 import { MemoryLedger } from "./buffers.ts";
 import { PipelineCache } from "./kernel.ts";
 import { DeviceError, DoesNotFitError, LongformError, NoAdapterError } from "./errors.ts";
-import { invisibleGpuNote } from "./host_gpu.ts";
 import { hostMemoryBytes } from "./host_memory.ts";
+import { timed, type Timeline } from "./timeline.ts";
+import { diagnose, invisibleGpuNote, SOFTWARE_VULKAN } from "./vulkan_diagnosis.ts";
+import { inspectVulkan } from "./vulkan_setup.ts";
 
 /** Immediates (push constants) a kernel may have: sixteen u32 or f32 parameters, what every backend of Dawn offers. */
 export const IMMEDIATE_BYTES = 64;
@@ -49,6 +51,8 @@ export interface DeviceOptions {
   readonly nullBackend?: boolean;
   /** Receives one-line notices for the user (a software adapter, a GPU that Vulkan does not show). */
   readonly onNotice?: (message: string) => void;
+  /** Takes what the host does on the device, from opening it on. */
+  readonly timeline?: Timeline | undefined;
 }
 
 /** How long a wait polls a GPU without a pause: decode steps and small prefills end within it. */
@@ -58,16 +62,20 @@ const EAGER_MS = 20;
 export class Gpu {
   readonly device: GPUDevice;
   readonly caps: Capabilities;
-  readonly memory = new MemoryLedger();
+  /** What the host does on it and when, where somebody wants to know. */
+  readonly timeline: Timeline | undefined;
+  readonly memory: MemoryLedger;
   readonly pipelines: PipelineCache;
   #failure: LongformError | undefined;
   /** Rejects each wait that is under way. One promise for all of them would keep every result that it raced with. */
   readonly #waiting = new Set<(error: LongformError) => void>();
   #destroyed = false;
 
-  constructor(device: GPUDevice, caps: Capabilities) {
+  constructor(device: GPUDevice, caps: Capabilities, timeline?: Timeline) {
     this.device = device;
     this.caps = caps;
+    this.timeline = timeline;
+    this.memory = new MemoryLedger(timeline);
     this.pipelines = new PipelineCache(this);
     device.addEventListener("uncapturederror", (event) => {
       event.preventDefault();
@@ -149,6 +157,10 @@ function describeError(error: GPUError): LongformError {
 
 /** Opens the adapter that the options ask for, hardware first. */
 export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
+  return await timed(options.timeline, "phases", "open the device", () => open(options));
+}
+
+async function open(options: DeviceOptions): Promise<Gpu> {
   const adapter = await chooseAdapter(options);
   const caps = capabilitiesOf(adapter, options.restrict);
   if (caps.immediateBytes < IMMEDIATE_BYTES) {
@@ -180,7 +192,7 @@ export async function openDevice(options: DeviceOptions = {}): Promise<Gpu> {
       cause: error,
     });
   });
-  return new Gpu(device, caps);
+  return new Gpu(device, caps, options.timeline);
 }
 
 /** The adapters of this machine in Dawn's order, described. */
@@ -272,20 +284,19 @@ function slug(name: string): string {
   return name.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
 }
 
-const MESA = "Mesa 23 or newer for the CPU fallback (libvulkan1 and mesa-vulkan-drivers; " +
-  "on Debian 12 from bookworm-backports)";
-
+/** Names what keeps adapters from being found; `info` tells all of it. */
 function noAdapter(cause?: unknown): NoAdapterError {
-  return new NoAdapterError("No Vulkan adapter was found on this machine", {
-    hint: invisibleGpuNote() ??
-      `install a GPU driver with Vulkan, or ${MESA}: \`./longform\` does it when run as root`,
+  const reason = cause === undefined ? undefined : messageOf(cause);
+  const [why] = diagnose(inspectVulkan(), [], reason);
+  return new NoAdapterError(`No Vulkan adapter was found on this machine${why ? `: ${why.message}` : ""}`, {
+    hint: why?.hint ?? "install a driver for the GPU",
     cause,
   });
 }
 
 function noSoftwareAdapter(cause: unknown): NoAdapterError {
   return new NoAdapterError("There is no software adapter, which `--fallback-adapter` asks for", {
-    hint: `install ${MESA}, or leave \`--fallback-adapter\` away to run on the GPU`,
+    hint: `install ${SOFTWARE_VULKAN}, or leave \`--fallback-adapter\` away to run on the GPU`,
     cause,
   });
 }

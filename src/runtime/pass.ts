@@ -4,8 +4,9 @@
  */
 import type { GpuBuffer, Readback } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
-import { type Grid, type Kernel, ParameterSlots, type Pipeline } from "./kernel.ts";
-import type { Profiler } from "./profiler.ts";
+import { type Grid, type Kernel, ParameterSlots, type Pipeline, type Work } from "./kernel.ts";
+import type { ArithmeticUnit, Profiler } from "./profiler.ts";
+import type { EndSpan } from "./timeline.ts";
 
 /** A copy of a tensor taken in the middle of a pass: for tests and for looking at what a layer computes. */
 export type Tap = (name: string, buffer: GpuBuffer, recorder: Recorder) => void;
@@ -17,6 +18,9 @@ export interface RecorderOptions {
 
 /** Takes dispatches in order: to run once, or to be kept. */
 export interface Dispatcher {
+  /** Names the part of the model that the dispatches from here on belong to, for traces: a layer, the output head. */
+  enter(part: string): void;
+
   /** Runs a prepared kernel over its grid; `buffers` are named as in the kernel's bindings. */
   dispatch<V extends object, P>(
     kernel: Kernel<V, P>,
@@ -34,6 +38,10 @@ interface BoundDispatch {
   /** Undefined where the bind group holds the parameters. */
   readonly immediates: Uint32Array | undefined;
   readonly grid: Grid;
+  readonly variant: object;
+  readonly unit: ArithmeticUnit;
+  readonly work: (lengths: readonly number[]) => Work;
+  readonly part: string | undefined;
 }
 
 function bindDispatch<V extends object, P>(
@@ -42,6 +50,7 @@ function bindDispatch<V extends object, P>(
   v: V,
   p: P,
   buffers: Readonly<Record<string, GpuBuffer>>,
+  part: string | undefined,
   slots?: ParameterSlots,
 ): BoundDispatch {
   const grid = kernel.grid(v, p);
@@ -61,6 +70,10 @@ function bindDispatch<V extends object, P>(
     bindGroup: pipelines.bindGroup(pipeline, bound, params, slots),
     immediates: pipeline.paramsIn === "uniform" ? undefined : params,
     grid,
+    variant: v,
+    unit: pipeline.unit,
+    work: (lengths) => kernel.work(v, p, lengths),
+    part,
   };
 }
 
@@ -72,6 +85,7 @@ export class DispatchList implements Dispatcher {
   readonly #gpu: Gpu;
   readonly #slots: ParameterSlots | undefined;
   readonly #dispatches: BoundDispatch[] = [];
+  #part: string | undefined;
 
   /** @param parameters a buffer from `createParameters` for all the sets of parameters that kernels take from there */
   constructor(gpu: Gpu, parameters?: GpuBuffer) {
@@ -84,13 +98,17 @@ export class DispatchList implements Dispatcher {
     });
   }
 
+  enter(part: string): void {
+    this.#part = part;
+  }
+
   dispatch<V extends object, P>(
     kernel: Kernel<V, P>,
     v: V,
     p: P,
     buffers: Readonly<Record<string, GpuBuffer>>,
   ): void {
-    const bound = bindDispatch(this.#gpu, kernel, v, p, buffers, this.#slots);
+    const bound = bindDispatch(this.#gpu, kernel, v, p, buffers, this.#part, this.#slots);
     this.#dispatches.push({ ...bound, immediates: bound.immediates?.slice() });
   }
 
@@ -112,14 +130,36 @@ export class DispatchList implements Dispatcher {
 
 export class Recorder implements Dispatcher {
   readonly #gpu: Gpu;
-  readonly #options: RecorderOptions;
+  readonly #label: string;
+  readonly #profiler: Profiler | undefined;
+  readonly #tap: Tap | undefined;
   readonly #encoder: GPUCommandEncoder;
+  readonly #endEncoding: EndSpan | undefined;
   #pass: GPUComputePassEncoder | undefined;
+  #part: string | undefined;
+  #step: string | undefined;
+  #lengths: readonly number[] = [];
 
-  constructor(gpu: Gpu, label: string, options: RecorderOptions = {}) {
+  constructor(gpu: Gpu, label: string, { profiler, tap }: RecorderOptions = {}) {
     this.#gpu = gpu;
-    this.#options = options;
+    this.#label = label;
+    this.#profiler = profiler?.isPaused ? undefined : profiler;
+    this.#tap = tap;
+    this.#endEncoding = gpu.timeline?.begin("encoding", label);
     this.#encoder = gpu.device.createCommandEncoder({ label });
+  }
+
+  /**
+   * Names the step of the run that the dispatches from here on belong to, for traces.
+   * @param lengths tokens of each sequence with those of the step, which dispatches that take them from the GPU are counted by
+   */
+  beginStep(step: string, lengths: readonly number[] = []): void {
+    this.#step = step;
+    this.#lengths = lengths;
+  }
+
+  enter(part: string): void {
+    this.#part = part;
   }
 
   dispatch<V extends object, P>(
@@ -128,7 +168,7 @@ export class Recorder implements Dispatcher {
     p: P,
     buffers: Readonly<Record<string, GpuBuffer>>,
   ): void {
-    this.#encode(bindDispatch(this.#gpu, kernel, v, p, buffers));
+    this.#encode(bindDispatch(this.#gpu, kernel, v, p, buffers, this.#part));
   }
 
   /** Runs the dispatches of a list in order. */
@@ -150,33 +190,51 @@ export class Recorder implements Dispatcher {
 
   /** Shows a tensor to whoever asked for it; nothing otherwise. */
   tap(name: string, buffer: GpuBuffer): void {
-    this.#options.tap?.(name, buffer, this);
+    this.#tap?.(name, buffer, this);
   }
 
   /** Hands everything recorded to the GPU. The recorder is spent. */
   submit(): void {
     this.#endPass();
-    this.#options.profiler?.resolve(this.#encoder);
+    this.#profiler?.resolve(this.#encoder);
+    this.#endEncoding?.();
+    const startMs = performance.now();
+    const endSubmission = this.#gpu.timeline?.begin("submission", this.#label);
     this.#gpu.device.queue.submit([this.#encoder.finish()]);
+    endSubmission?.();
+    this.#profiler?.submitted(this.#label, startMs);
     this.#gpu.check();
   }
 
-  #encode({ name, pipeline, bindGroup, immediates, grid }: BoundDispatch): void {
-    const pass = this.#computePass(name);
-    pass.setPipeline(pipeline);
-    pass.setBindGroup(0, bindGroup);
-    if (immediates) (pass as ImmediatesEncoder).setImmediates(0, immediates);
-    pass.dispatchWorkgroups(...grid);
-    if (this.#options.profiler?.unit === "dispatches") this.#endPass();
+  #encode(dispatch: BoundDispatch): void {
+    const pass = this.#computePass(dispatch);
+    pass.setPipeline(dispatch.pipeline);
+    pass.setBindGroup(0, dispatch.bindGroup);
+    if (dispatch.immediates) (pass as ImmediatesEncoder).setImmediates(0, dispatch.immediates);
+    pass.dispatchWorkgroups(...dispatch.grid);
+    if (this.#profiler?.unit === "dispatches") this.#endPass();
   }
 
-  #computePass(name: string): GPUComputePassEncoder {
-    if (this.#pass) return this.#pass;
-    const timestampWrites = this.#options.profiler?.span(name);
-    return this.#pass = this.#encoder.beginComputePass({
-      label: name,
-      ...(timestampWrites ? { timestampWrites } : {}),
-    });
+  #computePass(first: BoundDispatch): GPUComputePassEncoder {
+    return this.#pass ??= this.#encoder.beginComputePass({ label: first.name, ...this.#timestamps(first) });
+  }
+
+  #timestamps(first: BoundDispatch): { timestampWrites?: GPUComputePassTimestampWrites } {
+    if (!this.#profiler) return {};
+    const { name: kernel, variant, unit, part } = first;
+    const timestampWrites = this.#profiler.span(
+      this.#profiler.unit === "dispatches"
+        ? { kernel, variant, unit, part, step: this.#step, work: first.work(this.#lengths) }
+        : {
+          kernel: this.#label,
+          variant: NO_VARIANT,
+          unit: "fma",
+          part: undefined,
+          step: this.#step,
+          work: NO_WORK,
+        },
+    );
+    return timestampWrites ? { timestampWrites } : {};
   }
 
   #endPass(): void {
@@ -184,6 +242,10 @@ export class Recorder implements Dispatcher {
     this.#pass = undefined;
   }
 }
+
+/** A pass of many dispatches is timed as a whole, and not compared with anything. */
+const NO_VARIANT = {};
+const NO_WORK: Work = { bytes: 0, flops: 0 };
 
 /** Immediates are in Dawn and in the WebGPU draft, not yet in the published types. */
 type ImmediatesEncoder = GPUComputePassEncoder & { setImmediates(offset: number, data: Uint32Array): void };

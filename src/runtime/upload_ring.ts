@@ -51,6 +51,15 @@ export class UploadRing {
 
   /** Copies host bytes into a buffer; offset and length are multiples of 4. The bytes may be reused when it resolves. */
   async write(buffer: GpuBuffer, bytes: Uint8Array, byteOffset = 0): Promise<void> {
+    const end = this.#gpu.timeline?.begin("uploads", buffer.label);
+    try {
+      await this.#write(buffer, bytes, byteOffset);
+    } finally {
+      end?.(bytes.length);
+    }
+  }
+
+  async #write(buffer: GpuBuffer, bytes: Uint8Array, byteOffset: number): Promise<void> {
     for (let done = 0; done < bytes.length;) {
       if (this.#used === UPLOAD_STAGE_BYTES) this.flush();
       const stage = this.#stages[this.#turn]!;

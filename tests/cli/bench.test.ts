@@ -1,6 +1,7 @@
 /** `bench` as users run it, on a tiny model and short contexts for software Vulkan's sake; and `--kernel`. */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { join } from "node:path";
+import type { ProfileReport } from "../../src/cli/profile.ts";
 import { chooseKernels, explainChoices, type KernelShape } from "../../src/kernels/index.ts";
 import { openDevice } from "../../src/runtime/device.ts";
 import { DoesNotFitError, UsageError } from "../../src/runtime/errors.ts";
@@ -294,7 +295,7 @@ describe("--kernel", () => {
     expect(forced.code).toBe(0);
     const report = JSON.parse(forced.stdout);
     expect(report.tokens).toEqual(JSON.parse(plain.stdout).tokens);
-    const kernels = (report.profile as { name: string }[]).map(({ name }) => name);
+    const kernels = (report.profile as ProfileReport).kernels.map(({ kernel }) => kernel);
     expect(kernels).toContain("flash_attention/tiled");
     expect(kernels).toContain("matmul/tiled");
     expect(kernels).not.toContain("flash_attention/subgroup");

@@ -339,17 +339,18 @@ describe("classify", () => {
   test("--profile prints a table of kernels, or puts it into the report of a file", async () => {
     for (const json of [[], ["--json"]]) {
       const { notes } = await succeeded([set, "--profile", ...json]);
-      expect(notes).toMatch(/^kernel +calls +GPU ms +%\n(\S+ +\d+ +[\d.]+ +[\d.]+\n)+/m);
+      expect(notes).toMatch(/^kernel +calls +ms +% .*\n(\S+ .*\d+ .*(memory|compute)\n)+\n/m);
     }
     const { stdout, notes } = await succeeded([set, "--profile", "--out", newPath(), "--json"]);
-    expect(notes).not.toContain("GPU ms");
+    expect(notes).not.toContain("calls");
     const { profile, gpu_busy } = JSON.parse(stdout);
     expect(gpu_busy).toBeNull();
-    expect(profile[0]).toEqual({
-      name: expect.any(String),
+    expect(profile.kernels[0]).toMatchObject({
+      kernel: expect.any(String),
       calls: expect.any(Number),
-      gpuMs: expect.any(Number),
+      gpu_ms: expect.any(Number),
     });
+    expect(profile.host.tokenization.count).toBe(ALL.length);
   });
 
   test("--help shows the options", async () => {

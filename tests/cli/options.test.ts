@@ -66,6 +66,7 @@ describe("parseOptions accepts", () => {
       logprobs: undefined,
       inFlight: undefined,
       profile: false,
+      trace: undefined,
       kernels: new Map(),
     });
   });
@@ -220,6 +221,7 @@ describe("parseOptions accepts", () => {
       quiet: false,
       verbose: 0,
       profile: false,
+      trace: undefined,
       kernels: new Map(),
     });
     expect(parsedScore().files).toEqual([]);
@@ -281,6 +283,7 @@ describe("parseOptions accepts", () => {
       quiet: false,
       verbose: 0,
       profile: false,
+      trace: undefined,
       kernels: new Map(),
     });
     expect(parsedClassify().files).toEqual([]);

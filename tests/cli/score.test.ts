@@ -5,6 +5,7 @@ import { join } from "node:path";
 import { nllReference } from "../../src/kernels/nll/reference.ts";
 import { referenceForward } from "../../src/model/reference.ts";
 import { maxAbsDifference } from "../support/accuracy.ts";
+import type { ProfileReport } from "../../src/cli/profile.ts";
 import { temporaryFolder } from "../support/checkpoint.ts";
 import {
   denoTest,
@@ -329,10 +330,11 @@ describe("score fails", () => {
 
   test("not with --profile, whose times are each document's own", async () => {
     const [first, second] = await scored([...base, file, file, "--profile", "-q"]) as (Report & {
-      profile: { name: string; calls: number }[];
+      profile: ProfileReport;
     })[];
-    const calls = ({ profile }: { profile: { name: string; calls: number }[] }) =>
-      profile.map(({ name, calls: n }) => `${name} ${n}`).sort();
+    const calls = ({ profile }: { profile: ProfileReport }) =>
+      profile.kernels.map(({ kernel, variant, calls: n }) => `${kernel} ${JSON.stringify(variant)} ${n}`)
+        .sort();
     expect(calls(second!)).toEqual(calls(first!));
   });
 

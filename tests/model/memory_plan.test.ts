@@ -355,7 +355,7 @@ describe("what a model allocates is what was planned", () => {
   /** Documents and labels that fill what a run has room for. */
   async function classifySome(
     model: Gpt2,
-    { classes, pooling, rows, labelRows, lengths }: ClassifyingPlan,
+    { classes, rows, labelRows, lengths }: ClassifyingPlan,
     isRun: boolean,
   ): Promise<void> {
     const classifier = await model.classifier();
@@ -366,10 +366,8 @@ describe("what a model allocates is what was planned", () => {
       const pack = Array.from({ length: documents }, () => ({ ids, lengths: beginnings }));
       const logits = await (await classifier.classify(pack)).result;
       expect(logits.map(({ length }) => length)).toEqual(new Array(documents * lengths).fill(classes));
-      expect({ pooling, isFinite: logits.every((row) => row.every(Number.isFinite)) }).toEqual({
-        pooling,
-        isFinite: true,
-      });
+      // What was never written is whatever the memory held before.
+      if (isRun) expect(logits.every((row) => row.every(Number.isFinite))).toBe(true);
     }
     if (labelRows === 0) return;
     const labels = Array.from({ length: labelRows / 2 }, () => Uint32Array.of(1, 2));

@@ -339,6 +339,7 @@ describe("a shader that does not compile", () => {
       workgroupInvocations: () => 1,
       values: () => ({ value: 1 }),
       grid: () => [1, 1, 1],
+      work: () => ({ bytes: 0, flops: 0 }),
     };
   }
 

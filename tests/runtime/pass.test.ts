@@ -42,6 +42,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     workgroupInvocations: () => LANES,
     values: (_, step) => ({ ...step }),
     grid: (_, { count }) => [Math.ceil(count / LANES), 1, 1],
+    work: () => ({ bytes: 8 * LENGTH, flops: 0 }),
   };
 }
 
@@ -286,7 +287,7 @@ describe("a list", () => {
 describe("the profiler", () => {
   const untimed = gpu.caps.timestamps ? "" : ": needs timestamp queries";
   const calls = (profiler: Profiler) =>
-    new Map(profiler.report().kernels.map(({ name, calls }) => [name, calls]));
+    new Map(profiler.report().kernels.map(({ kernel, calls }) => [kernel, calls]));
 
   test.skipIf(untimed !== "")(`counts a list's dispatches each time it runs${untimed}`, async () => {
     const x = start();
@@ -299,33 +300,102 @@ describe("the profiler", () => {
       take(r, x, [ADD_ONE]);
       r.replay(list);
     }, { profiler });
-    // Two submissions may be under way before their times are collected, oldest first.
+    // Two submissions may be under way before their times are read.
     submit((r) => r.replay(list), { profiler });
-    await profiler.collect();
-    expect(calls(profiler)).toEqual(new Map([[uniform.name, 5], [immediates.name, 2]]));
-    await profiler.collect();
+    await profiler.settle();
     expect(calls(profiler)).toEqual(new Map([[uniform.name, 7], [immediates.name, 3]]));
-    const { kernels, dropped } = profiler.report();
-    expect(dropped).toBe(0);
-    for (const { gpuMs } of kernels) expect(gpuMs).toBeGreaterThanOrEqual(0);
+    const { kernels, gpu: times, untimed } = profiler.report();
+    expect(untimed).toBe(0);
+    for (const { kernel, gpuMs, bytes } of kernels) {
+      expect(gpuMs).toBeGreaterThanOrEqual(0);
+      expect(bytes).toBe(8 * LENGTH * calls(profiler).get(kernel)!);
+    }
+    const sum = kernels.reduce((total, { gpuMs }) => total + gpuMs, 0);
+    expect(times.submissions).toBe(2);
+    expect(times.kernelsMs).toBeCloseTo(sum, 9);
+    expect(times.gapsMs).toBeGreaterThanOrEqual(0);
+    expect(times.idleMs).toBeGreaterThanOrEqual(0);
+    // Gaps are what the submissions last beyond what ran in them, which counts once where it overlaps.
+    expect(times.totalMs - times.gapsMs).toBeCloseTo(profiler.busyMs, 9);
+    profiler.reset();
+    expect(profiler.report()).toEqual({
+      kernels: [],
+      gpu: { submissions: 0, kernelsMs: 0, gapsMs: 0, idleMs: 0, totalMs: 0 },
+      untimed: 0,
+    });
     const steps = [DOUBLE, ADD_ONE, TAIL];
     expect(await numbers(x)).toEqual(after(...steps, ADD_ONE, ...steps, ...steps));
   });
 
-  test.skipIf(untimed !== "")(`times whole passes by their first kernels if asked${untimed}`, async () => {
+  test.skipIf(untimed !== "")(`times whole passes if asked${untimed}`, async () => {
     const x = start();
-    const profiler = keep(new Profiler(gpu, "passes"));
+    const profiler = keep(new Profiler(gpu, { unit: "passes" }));
     submit((r) => {
       take(r, x, [DOUBLE], immediates);
       take(r, x, [ADD_ONE, TAIL], uniform);
       r.copy(x, 0, start("between"), 0, 4 * LENGTH); // which ends a pass
       take(r, x, [DOUBLE, ADD_ONE], uniform);
     }, { profiler });
-    await profiler.collect();
-    expect(calls(profiler)).toEqual(new Map([[immediates.name, 1], [uniform.name, 1]]));
+    await profiler.settle();
+    expect(calls(profiler)).toEqual(new Map([["test", 2]]));
     const sum = profiler.report().kernels.reduce((total, { gpuMs }) => total + gpuMs, 0);
     expect(profiler.busyMs).toBeGreaterThan(0);
     expect(profiler.busyMs).toBeLessThanOrEqual(sum * (1 + 1e-9));
     expect(await numbers(x)).toEqual(after(DOUBLE, ADD_ONE, TAIL, DOUBLE, ADD_ONE));
+  });
+
+  test.skipIf(untimed !== "")(`times nothing while it is paused${untimed}`, async () => {
+    const x = start();
+    const profiler = keep(new Profiler(gpu));
+    profiler.isPaused = true;
+    submit((r) => take(r, x, [DOUBLE]), { profiler });
+    profiler.isPaused = false;
+    submit((r) => take(r, x, [ADD_ONE, TAIL]), { profiler });
+    await profiler.settle();
+    expect(calls(profiler)).toEqual(new Map([[uniform.name, 2]]));
+    expect(await numbers(x)).toEqual(after(DOUBLE, ADD_ONE, TAIL));
+  });
+
+  test.skipIf(untimed !== "")(
+    `says how many dispatches a submission had no queries for${untimed}`,
+    async () => {
+      const x = start();
+      const profiler = keep(new Profiler(gpu));
+      submit((r) => {
+        for (let i = 0; i < 2050; i++) take(r, x, [DOUBLE], immediates);
+      }, { profiler });
+      await profiler.settle();
+      expect(calls(profiler)).toEqual(new Map([[immediates.name, 2048]]));
+      expect(profiler.report().untimed).toBe(2);
+    },
+  );
+
+  test.skipIf(untimed !== "")(`keeps submissions with their steps and parts if asked${untimed}`, async () => {
+    const x = start();
+    const profiler = keep(new Profiler(gpu, { keepsAll: true }));
+    const list = new DispatchList(gpu);
+    list.enter("layer 0");
+    take(list, x, [DOUBLE], immediates);
+    list.enter("layer 1");
+    take(list, x, [ADD_ONE], immediates);
+    const before = performance.now();
+    submit((r) => {
+      r.beginStep("token 5", [6]);
+      r.replay(list);
+      r.beginStep("token 6", [7]);
+      r.replay(list);
+    }, { profiler });
+    await profiler.settle();
+    const [submission] = profiler.submissions;
+    expect(submission!.dispatches.map(({ step, part }) => `${step}, ${part}`)).toEqual([
+      "token 5, layer 0",
+      "token 5, layer 1",
+      "token 6, layer 0",
+      "token 6, layer 1",
+    ]);
+    expect(submission!.ticks.length).toBe(8);
+    expect(submission!.submittedMs).toBeGreaterThanOrEqual(before);
+    expect(submission!.observedMs).toBeGreaterThan(submission!.submittedMs);
+    expect(submission!.observedMs).toBeLessThanOrEqual(performance.now());
   });
 });
