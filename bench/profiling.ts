@@ -5,11 +5,15 @@
  *     bun bench/profiling.ts --shape gpt2 [--contexts 1k,16k] [--dtype f16] [--runs 9] [--out FILE.json] [--commit ID]
  *     bun bench/profiling.ts --model DIR [--contexts 1k] …
  *
- * The three take turns, so that none has the warmer GPU. Wall times are medians; GPU times are of the median run.
+ * The three take turns, so that none has the warmer GPU. Wall times are medians; GPU times are of the median run. Kernels are
+ * compared as they were timed, and without what a timestamp costs on this device, as `--profile` reports them.
  */
 import { parseArgs } from "node:util";
 import { PUBLISHED_SHAPES, type PublishedShape, readConfig } from "../src/model/config.ts";
+import { chooseKernels } from "../src/kernels/index.ts";
+import { Benchmark } from "../src/model/benchmark.ts";
 import { Gpt2 } from "../src/model/gpt2.ts";
+import { kernelShape } from "../src/model/memory_plan.ts";
 import { chooseElem, type DType, inFlightOf } from "../src/model/run_settings.ts";
 import { openCheckpoint } from "../src/model/safetensors.ts";
 import { syntheticPrompt, syntheticSource } from "../src/model/synthetic.ts";
@@ -44,6 +48,8 @@ const config = values.model === undefined
 interface Run {
   readonly wallMs: number;
   readonly gpu: GpuTimes | null;
+  /** Timed ones. */
+  readonly dispatches: number;
 }
 
 /** A model on a device of its own, with what times it. */
@@ -67,7 +73,9 @@ async function open(unit: ProfiledUnit | undefined) {
     await work();
     const wallMs = performance.now() - starting;
     await profiler?.settle();
-    return { wallMs, gpu: profiler?.report().gpu ?? null };
+    const report = profiler?.report();
+    const dispatches = report?.kernels.reduce((sum, { calls }) => sum + calls, 0) ?? 0;
+    return { wallMs, gpu: report?.gpu ?? null, dispatches };
   };
   return { unit: unit ?? "none", gpu, model, measured };
 }
@@ -108,6 +116,15 @@ function medianRun(all: readonly Run[]): Run {
 const opened: Opened[] = [];
 for (const unit of [undefined, "passes", "dispatches"] as const) opened.push(await open(unit));
 const { caps } = opened[0]!.gpu;
+const benchmark = new Benchmark(opened[0]!.gpu, config, {
+  elem: opened[0]!.model.elem,
+  chosen: chooseKernels(kernelShape(config, opened[0]!.model.elem, caps), caps),
+  runs: 3,
+  signal: new AbortController().signal,
+});
+const { timestampMs } = await benchmark.peaks();
+benchmark.destroy();
+console.log(`${(1000 * timestampMs).toFixed(2)} us to time a dispatch`);
 const rows = [];
 for (const context of contexts) {
   for (const [phase, run] of [["prefill", prefill], ["decode", decode]] as const) {
@@ -118,6 +135,7 @@ for (const context of contexts) {
       for (const one of opened) times.get(one)!.push(await run(one, context));
     }
     const [none, passes, dispatches] = opened.map((one) => medianRun(times.get(one)!));
+    const correctedMs = dispatches!.gpu!.kernelsMs - dispatches!.dispatches * timestampMs;
     const row = {
       phase,
       context,
@@ -125,19 +143,23 @@ for (const context of contexts) {
       /** Of the wall, against no profiler. */
       profile_cost: dispatches!.wallMs / none!.wallMs,
       gpu: { passes: passes!.gpu, dispatches: dispatches!.gpu },
-      /** Of the profiled run, and of one whose passes are as they are without `--profile`. */
+      dispatches: dispatches!.dispatches,
+      /** Of the profiled run. */
       kernels_of_total: dispatches!.gpu!.kernelsMs / dispatches!.gpu!.totalMs,
-      kernels_of_unprofiled: dispatches!.gpu!.kernelsMs / passes!.gpu!.totalMs,
+      /** Without timestamps, of a run whose passes are as they are without `--profile`. */
+      corrected_of_unprofiled: correctedMs / passes!.gpu!.totalMs,
     };
     rows.push(row);
     console.log(
       `${phase} ${context}: ${none!.wallMs.toFixed(2)} ms, with --profile ${
         row.profile_cost.toFixed(3)
       } x; ` +
-        `kernels ${dispatches!.gpu!.kernelsMs.toFixed(2)} ms are ${
-          row.kernels_of_total.toFixed(3)
-        } of the GPU's total, ` +
-        `${row.kernels_of_unprofiled.toFixed(3)} of ${passes!.gpu!.totalMs.toFixed(2)} ms without it`,
+        `kernels ${dispatches!.gpu!.kernelsMs.toFixed(2)} ms; without timestamps ${
+          correctedMs.toFixed(2)
+        } ms, ` +
+        `${row.corrected_of_unprofiled.toFixed(3)} of the ${
+          passes!.gpu!.totalMs.toFixed(2)
+        } ms without --profile`,
     );
   }
 }
@@ -151,6 +173,7 @@ if (values.out) {
     dtype: elem,
     runs,
     decoded: DECODED,
+    timestamp_us: 1000 * timestampMs,
     rows,
   });
 }

@@ -7,8 +7,16 @@
  * both. Each context needs a row of dense attention in one of them.
  */
 import { readFileSync } from "node:fs";
-import { LABEL_MARK, lineBetween, pixelOf, placeLabels, type Scale, spread } from "./labels.ts";
-import { COLOURS, drawPicture, formatTokens, PERCENT, readCommand } from "./picture.ts";
+import {
+  LABEL_MARK,
+  lineBetween,
+  pixelOf,
+  placeLabels,
+  type Scale,
+  spread,
+} from "../../src/cli/plot_labels.ts";
+import { COLOURS, formatTokens } from "../../src/cli/plots.ts";
+import { drawPicture, PERCENT, readCommand } from "./picture.ts";
 
 interface Row {
   readonly phase: string;

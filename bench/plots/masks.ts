@@ -12,7 +12,8 @@ import {
   parsePattern,
   type StaticPattern,
 } from "../../src/kvcache/patterns.ts";
-import { drawPicture, formatPercent, type JsonObject, readCommand } from "./picture.ts";
+import type { JsonObject } from "../../src/cli/plots.ts";
+import { drawPicture, formatPercent, readCommand } from "./picture.ts";
 
 const PATTERNS = [
   "local:512",

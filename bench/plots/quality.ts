@@ -6,8 +6,16 @@
  * RESULT.json is what `bench/sparsity.ts --out` writes.
  */
 import { readFileSync } from "node:fs";
-import { LABEL_MARK, lineBetween, pixelOf, placeLabels, type Scale, spread } from "./labels.ts";
-import { COLOURS, drawPicture, formatTokens, type JsonObject, PERCENT, readCommand } from "./picture.ts";
+import {
+  LABEL_MARK,
+  lineBetween,
+  pixelOf,
+  placeLabels,
+  type Scale,
+  spread,
+} from "../../src/cli/plot_labels.ts";
+import { COLOURS, formatTokens, type JsonObject } from "../../src/cli/plots.ts";
+import { drawPicture, PERCENT, readCommand } from "./picture.ts";
 
 interface Score {
   readonly perplexity: number;

@@ -7,6 +7,7 @@ import {
   Benchmark,
   type Check,
   CheckFailed,
+  type DevicePeaks,
   GEMMS,
   type Measurement,
   randomLists,
@@ -15,65 +16,32 @@ import {
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
 import { Gpt2 } from "../model/gpt2.ts";
 import { kernelShape } from "../model/memory_plan.ts";
-import { chooseElem, inFlightOf, openSparsity } from "../model/run_settings.ts";
+import { chooseElem, inFlightOf, openProfiler, openSparsity } from "../model/run_settings.ts";
 import { openCheckpoint } from "../model/safetensors.ts";
 import { syntheticSource } from "../model/synthetic.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
-import type { ArithmeticUnit } from "../runtime/profiler.ts";
+import type { Profiler } from "../runtime/profiler.ts";
+import { runCompare } from "./bench_compare.ts";
+import { openReport, type ReportWriter } from "./bench_report.ts";
+import {
+  type BenchProfile,
+  type BenchReport,
+  type BenchRow,
+  mergeBenchResults,
+  nameOf,
+  PEAK_NAMES,
+  shapeName,
+} from "./bench_result.ts";
+import { Instruments } from "./instruments.ts";
 import { abortOnInterrupt, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
-import { ProgressLine, writeJson, writeResult } from "./output.ts";
+import { ProgressLine, writeJson, writeNote, writeResult } from "./output.ts";
+import { formatGpu, formatKernels, gpuProfile, kernelProfiles, peaksReport } from "./profile.ts";
+import { figure, formatTable, percent } from "./table.ts";
 import { runtimeName, VERSION } from "./version.ts";
-
-/** One measurement, or why there is none. */
-interface BenchRow {
-  readonly phase: BenchPhase;
-  /** What ran; absent for a whole model. */
-  readonly kernel?: string;
-  /** The kind of attention or its pattern, the name of the matrix, or how many sequences are decoded together. */
-  readonly variant: string;
-  readonly context: number;
-  readonly dtype: Elem;
-  /** Of a run; of one step for `decode`. */
-  readonly ms: { readonly min: number; readonly median: number; readonly max: number } | null;
-  readonly tokens_per_s: number | null;
-  readonly tflops: number | null;
-  /** Null where the bytes say nothing about the time. */
-  readonly gb_per_s: number | null;
-  /** Of GPU buffers. */
-  readonly peak_bytes: number | null;
-  /** Of block-sparse attention: kept blocks as a share of the causal ones, in decoding of the last token's. */
-  readonly density?: number;
-  readonly checked_against?: string;
-  /** As a share of the largest value of its row, as `tolerance` is. */
-  readonly largest_difference?: number;
-  readonly tolerance?: number;
-  readonly error?: string;
-  /** Of the scores that did not fit. */
-  readonly needed_bytes?: number;
-}
-
-/** What `--json` prints. */
-interface BenchReport {
-  readonly adapter: string;
-  readonly driver: string;
-  readonly runtime: string;
-  readonly version: string;
-  readonly model: string;
-  readonly runs: number;
-  /** What times kernels: `gpu` is its timestamps, `wall` where it has none. Whole models are timed by the wall. */
-  readonly kernel_clock: "gpu" | "wall";
-  /** Read and written by a kernel that copies a large buffer; null when it was interrupted. */
-  readonly copy_gb_per_s: number | null;
-  /** Arithmetic from registers, by a kernel that does nothing else; null when it was interrupted. */
-  readonly peak_tflops: number | null;
-  /** What that is of: f16 matrices on tensor cores, or multiply-adds in f32. */
-  readonly peak_unit: ArithmeticUnit;
-  readonly rows: readonly BenchRow[];
-}
 
 /** What is measured, and with what. */
 interface Subject {
@@ -82,20 +50,36 @@ interface Subject {
   readonly config: GPT2Config;
   readonly elem: Elem;
   readonly chosen: ChosenKernels;
+  /** Paused but for the runs that are profiled; undefined where none are. */
+  readonly profiler: Profiler | undefined;
   readonly options: BenchOptions;
 }
 
 /** Runs the command. @returns 0; 1 when a result was wrong, 4 when a model did not fit, 130 when it was interrupted */
 export async function runBench(options: BenchOptions): Promise<number> {
+  if (options.compare) return await runCompare(options.compare, options);
+  const write = options.report === undefined ? undefined : await openReport(options.report);
+  if (options.from.length > 0) {
+    await publish(await mergeBenchResults(options.from), options, write);
+    return 0;
+  }
   const config = await benchConfig(options);
   const sparsities = await Promise.all((options.sparsity ?? [{ kind: "dense" } as const]).map(openSparsity));
-  const gpu = await openCommandDevice(options);
+  const instruments = await Instruments.open(options);
+  const gpu = await openCommandDevice(options, instruments.timeline);
+  // A report shows where the time goes, asked for or not.
+  const profiler = openProfiler(gpu, instruments.profiling ?? (write && { unit: "dispatches" }));
+  if (profiler) profiler.isPaused = true;
   try {
     const elem = chooseElem(options.dtype, gpu.caps);
     const chosen = chooseKernels(kernelShape(config, elem, gpu.caps), gpu.caps, options.kernels);
     noteChoices(gpu, config, elem, options);
-    return await measureAll({ gpu, sparsities, config, elem, chosen, options });
+    const subject = { gpu, sparsities, config, elem, chosen, profiler, options };
+    const exitCode = await measureAll(subject, write);
+    await instruments.writeTrace(gpu, profiler);
+    return exitCode;
   } finally {
+    profiler?.destroy();
     gpu.destroy();
   }
 }
@@ -107,12 +91,14 @@ async function benchConfig(options: BenchOptions): Promise<GPT2Config> {
   return { ...PUBLISHED_SHAPES[modelShape], nPositions: Math.max(...contexts) };
 }
 
-async function measureAll(subject: Subject): Promise<number> {
+async function measureAll(subject: Subject, write: ReportWriter | undefined): Promise<number> {
   const { gpu, config, elem, chosen, options } = subject;
   const progress = new ProgressLine(options);
   const { controller, stop } = abortOnInterrupt(() => progress.clear());
   const { signal } = controller;
   const rows: BenchRow[] = [];
+  const profiles: BenchProfile[] = [];
+  let peaks: DevicePeaks | undefined;
   let copyRate: number | null = null;
   let peakRate: number | null = null;
   let exitCode = 0;
@@ -142,6 +128,7 @@ async function measureAll(subject: Subject): Promise<number> {
     copyRate = await benchmark.copyRate();
     current = "peak";
     peakRate = await benchmark.peakRate();
+    if (subject.profiler) peaks = await benchmark.peaks();
     for (const context of options.contexts) {
       for (const phase of ["attention", "gemm"] as const) {
         if (!options.phases.includes(phase)) continue;
@@ -163,7 +150,22 @@ async function measureAll(subject: Subject): Promise<number> {
         }
       }
       for (const sparsity of subject.sparsities) {
-        await measureModel(subject, sparsity, benchmark, context, progress, measure);
+        await measureModel(
+          subject,
+          sparsity,
+          benchmark,
+          context,
+          progress,
+          measure,
+          async (phase, variant, model) => {
+            if (!subject.profiler || !peaks) return;
+            current = `profile of ${phase} ${variant} ${context}`;
+            progress.show(current);
+            profiles.push(
+              await profileOne(subject, subject.profiler, peaks, signal, { phase, variant, context }, model),
+            );
+          },
+        );
       }
     }
   } catch (error) {
@@ -180,17 +182,30 @@ async function measureAll(subject: Subject): Promise<number> {
     driver,
     runtime: runtimeName(),
     version: VERSION,
-    model: options.modelShape ? `${options.modelShape}, random weights` : modelFolder(options),
+    model: options.modelShape ? shapeName(options.modelShape) : modelFolder(options),
     runs: options.runs,
     kernel_clock: timestamps ? "gpu" : "wall",
     copy_gb_per_s: copyRate === null ? null : copyRate / 1e9,
     peak_tflops: peakRate === null ? null : peakRate / 1e12,
     peak_unit: benchmark.peakUnit,
+    heads: config.nHead,
     rows: options.phases.flatMap((phase) => rows.filter((row) => row.phase === phase)),
+    ...(profiles.length > 0 ? { profiles } : {}),
   };
+  await publish(report, options, write);
+  return exitCode;
+}
+
+/** Prints the report, and writes its page where one is asked for. */
+async function publish(
+  report: BenchReport,
+  options: BenchOptions,
+  write: ReportWriter | undefined,
+): Promise<void> {
+  const page = await write?.(report);
+  if (page !== undefined && !options.quiet) writeNote(`wrote ${page} and its JSON`);
   if (options.json) writeJson(report);
   else writeResult(formatReport(report));
-  return exitCode;
 }
 
 type Measure = (
@@ -232,14 +247,41 @@ async function measureSparse(
   }
 }
 
+type ModelPhase = "prefill" | "decode";
+
+/** One run more of what was measured, with every dispatch timed. */
+async function profileOne(
+  { gpu, config, elem, chosen }: Subject,
+  profiler: Profiler,
+  peaks: DevicePeaks,
+  signal: AbortSignal,
+  what: { readonly phase: ModelPhase; readonly variant: string; readonly context: number },
+  model: Gpt2,
+): Promise<BenchProfile> {
+  profiler.reset();
+  const onRun = () => profiler.isPaused = false; // behind the warm-up
+  const benchmark = new Benchmark(gpu, config, { elem, chosen, signal, runs: 1, onRun });
+  try {
+    const { ms } = await benchmark[what.phase](model, what.context);
+    await profiler.settle();
+    const timed = profiler.report();
+    const kernels = kernelProfiles(timed.kernels, peaks);
+    return { ...what, ms: ms[0]!, peaks: peaksReport(peaks), gpu: gpuProfile(timed, kernels), kernels };
+  } finally {
+    profiler.isPaused = true;
+    benchmark.destroy();
+  }
+}
+
 /** Both phases of the whole model: it is loaded once for a context. */
 async function measureModel(
-  { gpu, config, elem, options }: Subject,
+  { gpu, config, elem, profiler, options }: Subject,
   sparsity: Sparsity,
   benchmark: Benchmark,
   context: number,
   progress: ProgressLine,
   measure: Measure,
+  profile: (phase: ModelPhase, variant: string, model: Gpt2) => Promise<void>,
 ): Promise<void> {
   const phases = options.phases.filter((phase) => phase === "prefill" || phase === "decode");
   if (phases.length === 0) return;
@@ -259,6 +301,7 @@ async function measureModel(
           sparsity,
           decoding: { sequences, inFlight: inFlightOf(gpu) },
           kernels: options.kernels,
+          profiler,
           onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
         });
       try {
@@ -270,6 +313,7 @@ async function measureModel(
           ];
           const variant = names.join(" ") || "flash";
           await measure(phase, variant, context, async () => await benchmark[phase](await loaded(), context));
+          if (model) await profile(phase, variant, model);
         }
       } finally {
         model?.destroy();
@@ -317,11 +361,6 @@ function checked(
   return { checked_against: against, largest_difference: difference, tolerance };
 }
 
-const PEAK_NAMES = {
-  matrix: "matrices multiplied from registers",
-  fma: "multiply-adds from registers",
-} as const satisfies Record<ArithmeticUnit, string>;
-
 const WHAT = ["phase", "variant", "context", "type"];
 const FIGURES = ["ms", "min to max", "tokens/s", "TFLOP/s", "GB/s", "memory", "kernel"];
 
@@ -330,7 +369,7 @@ function formatReport(report: BenchReport): string {
   const hasDensity = rows.some(({ density }) => density !== undefined);
   const cells = rows.map((row) => [
     row.phase,
-    row.variant,
+    nameOf(row),
     row.context.toLocaleString("en-US"),
     row.dtype,
     ...(hasDensity ? [row.density === undefined ? "-" : `${(100 * row.density).toPrecision(3)} %`] : []),
@@ -347,14 +386,10 @@ function formatReport(report: BenchReport): string {
       : []),
   ]);
   const header = [...WHAT, ...(hasDensity ? ["density"] : []), ...FIGURES];
-  const widths = header.map((title, i) => Math.max(title.length, ...cells.map((row) => row[i]?.length ?? 0)));
-  const line = (row: readonly string[]) =>
-    row.map((cell, i) =>
-      [0, 1, header.length - 1].includes(i) ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)
-    ).join("  ");
-  const body = cells.map((row, i) => {
+  const [titles, ...lines] = formatTable(header, cells, [0, 1, header.length - 1]).split("\n");
+  const body = lines.map((line, i) => {
     const { error } = rows[i]!;
-    return (error === undefined ? line(row) : `${line(row)}  ${error}`).trimEnd();
+    return error === undefined ? line : `${line}  ${error}`;
   });
   const checks = rows.filter((row) => row.checked_against !== undefined && row.error === undefined);
   const references = [
@@ -362,14 +397,20 @@ function formatReport(report: BenchReport): string {
     ...(peakRate === null ? [] : [`  ${PEAK_NAMES[report.peak_unit]}: ${figure(peakRate)} TFLOP/s`]),
   ];
   return [
-    `${adapter} (${driver}), ${model}, ${runs} ${runs === 1 ? "run" : "runs"}`,
+    `${adapter} (${driver}), ${model}` + (runs === null ? "" : `, ${runs} ${runs === 1 ? "run" : "runs"}`),
     "",
-    line(header).trimEnd(),
+    titles,
     ...body,
     "",
     ...(references.length === 0
       ? []
       : ["percentages are of what this device did in this run:", ...references]),
+    ...(report.profiles ?? []).flatMap(({ phase, variant, context, peaks, gpu, kernels }) => [
+      "",
+      `profile of ${phase} ${variant} ${context.toLocaleString("en-US")}`,
+      formatKernels({ peaks, kernels }),
+      formatGpu(gpu),
+    ]),
     ...(checks.length === 0
       ? []
       : [`${checks.length} of ${rows.length} results agree with another kernel's (--json says which)`]),
@@ -378,12 +419,5 @@ function formatReport(report: BenchReport): string {
 
 /** The figure, and its share of what the device can do. */
 function figureOf(n: number | null, most: number | null): string {
-  return n === null || most === null ? figure(n) : `${figure(n)} (${(100 * n / most).toFixed(0)} %)`;
-}
-
-/** Four digits, without an exponent. */
-function figure(n: number | null): string {
-  if (n === null) return "-";
-  if (n >= 1000) return Math.round(n).toLocaleString("en-US");
-  return n >= 0.001 ? String(Number(n.toPrecision(4))) : n.toFixed(6);
+  return n === null || most === null ? figure(n) : `${figure(n)} (${percent(n / most)} %)`;
 }

@@ -116,9 +116,17 @@ export interface BenchOptions extends CommonOptions {
   /** A published model's sizes with random weights; undefined for the model of `--model`. */
   readonly modelShape: PublishedShape | undefined;
   readonly runs: number;
+  readonly profile: boolean;
+  readonly trace: string | undefined;
   /** Sequences that `decode` decodes together, increasing. */
   readonly batch: readonly number[];
   readonly kernels: ReadonlyMap<string, string>;
+  /** A folder for a page with plots. */
+  readonly report: string | undefined;
+  /** Recorded results to draw in place of measuring. */
+  readonly from: readonly string[];
+  /** Two result files to compare in place of measuring. */
+  readonly compare: readonly [a: string, b: string] | undefined;
 }
 
 export interface InfoOptions extends CommonOptions {
@@ -141,7 +149,7 @@ export type Options =
   | InfoOptions
   | InspectOptions;
 
-const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
+export const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
 export type BenchPhase = typeof BENCH_PHASES[number];
 const BENCH_ATTENTION = ["flash", "sparse", "standard"] as const;
 export type BenchAttention = typeof BENCH_ATTENTION[number];
@@ -544,9 +552,9 @@ const COMMANDS = {
     ],
   },
   bench: {
-    usage: "bench",
+    usage: "bench [...compare]",
     description: "Measure prefill, decode, attention and matrix products, results checked",
-    positional: { name: "argument", least: 0, most: 0 },
+    positional: { name: "result", least: 0, most: 3 },
     options: [
       {
         flags: "--phases <list>",
@@ -586,12 +594,29 @@ const COMMANDS = {
         description: "Timed runs of each, after a warm-up (default: 5)",
         convert: integer(1),
       },
+      PROFILE,
+      TRACE,
+      {
+        flags: "--report <dir>",
+        description:
+          "Write a page with plots, report.html, and report.json to a folder; measures more by default: " +
+          "decode too, and attention of every kind",
+        convert: text,
+      },
+      {
+        flags: "--from <file>",
+        description: "With --report: draw recorded results, and measure nothing; may be given several times",
+        convert: text,
+        repeatable: true,
+      },
       KERNEL,
     ],
     examples: [
       "longform bench",
       "longform bench --model-shape gpt2 --phases attention --attention flash,standard --contexts 1k,4k,16k,64k",
       "longform bench --model-shape gpt2 --phases attention,prefill --attention sparse --sparsity sink:64+local:1k",
+      "longform bench --model-shape gpt2 --report report",
+      "longform bench compare before.json after.json",
     ],
   },
   info: {
@@ -813,7 +838,7 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
   if (name === "info") {
     return { ...common, command: "info", measure: get("--measure") !== 0, kernels: kernels() };
   }
-  if (name === "bench") return typedBench(common, kernels(), get);
+  if (name === "bench") return typedBench(common, positionals, kernels(), get);
   if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
   const run: RunOptions = {
     ...common,
@@ -901,25 +926,65 @@ function typedClassify(
   return options;
 }
 
+/** What says what to measure. */
+const MEASURING = [
+  "--phases",
+  "--contexts",
+  "--attention",
+  "--sparsity",
+  "--model-shape",
+  "--batch",
+  "--runs",
+  "--kernel",
+] as const;
+
 function typedBench(
   common: CommonOptions,
+  positionals: readonly string[],
   kernels: ReadonlyMap<string, string>,
   get: (flag: string) => unknown,
 ): BenchOptions {
   const optional = <T>(flag: string) => get(flag) as T | undefined;
   const sparsity = get("--sparsity") as Pattern[];
+  const report = optional<string>("--report");
+  const [word, a, b] = positionals;
+  if (word !== undefined && (word !== "compare" || a === undefined || b === undefined)) {
+    throw new UsageError(`\`bench\` does not take "${positionals.join(" ")}"`, {
+      hint: "two results are compared by `longform bench compare A.json B.json`",
+    });
+  }
   const options: BenchOptions = {
     ...common,
     command: "bench",
-    phases: optional<BenchPhase[]>("--phases") ?? ["prefill", "attention", "gemm"],
+    phases: optional<BenchPhase[]>("--phases") ??
+      (report === undefined ? ["prefill", "attention", "gemm"] : ["prefill", "decode", "attention", "gemm"]),
     contexts: optional<number[]>("--contexts") ?? [1024, 4096, 16384],
-    attention: optional<BenchAttention[]>("--attention") ?? ["flash"],
+    attention: optional<BenchAttention[]>("--attention") ??
+      (report === undefined ? ["flash"] : ["flash", "sparse", "standard"]),
     sparsity: sparsity.length > 0 ? sparsity : undefined,
     modelShape: optional<PublishedShape>("--model-shape"),
     runs: optional("--runs") ?? 5,
     batch: optional<number[]>("--batch") ?? [1],
     kernels,
+    profile: get("--profile") !== 0,
+    trace: optional("--trace"),
+    report,
+    from: get("--from") as string[],
+    compare: a === undefined || b === undefined ? undefined : [a, b],
   };
+  const { from, compare } = options;
+  if (compare && (report !== undefined || from.length > 0)) {
+    throw new UsageError("`bench compare` prints a table: leave `--report` and `--from` away");
+  }
+  if (from.length > 0 && report === undefined) {
+    throw new UsageError("`--from` names results to draw: add `--report` with a folder for the page");
+  }
+  const measuring = MEASURING.find((flag) => [get(flag) ?? []].flat().length > 0);
+  if (measuring !== undefined && (compare || from.length > 0)) {
+    throw new UsageError(
+      `\`${measuring}\` says what to measure, and ${compare ? "`compare`" : "`--from`"} measures nothing`,
+    );
+  }
   if (options.model !== undefined && options.modelShape !== undefined) {
     throw new UsageError("There are `--model` and `--model-shape`: give one or the other");
   }

@@ -11,6 +11,7 @@ export interface KernelProfile {
   readonly kernel: string;
   readonly variant: Readonly<Record<string, unknown>>;
   readonly calls: number;
+  /** Without what its timestamps cost. */
   readonly gpu_ms: number;
   /** Of the time of all kernels. */
   readonly share: number;
@@ -34,13 +35,17 @@ export interface PeaksReport {
   readonly fma_tflops: number;
   /** Null where there are no tensor cores. */
   readonly matrix_tflops: number | null;
+  /** What it adds to a dispatch to be timed. */
+  readonly timestamp_us: number;
 }
 
-/** Milliseconds of the GPU; `total_ms` is kernels and gaps. */
+/** Milliseconds of the GPU; `total_ms` is kernels, timestamps and gaps. */
 export interface GpuProfile {
   readonly total_ms: number;
+  /** Without timestamps. */
   readonly kernels_ms: number;
-  /** Within submissions. */
+  readonly timestamps_ms: number;
+  /** Within submissions, in which nothing timed ran: copies. */
   readonly gaps_ms: number;
   /** Between submissions. */
   readonly idle_ms: number;
@@ -106,6 +111,7 @@ export function profileReport(
 ): ProfileReport {
   const { name: device, driver } = gpu.caps;
   const { peak } = gpu.memory;
+  const kernels = timed ? kernelProfiles(timed.kernels, peaks) : [];
   const missing = [...reasons];
   if (!timed) missing.push(`GPU times: ${device} has no timestamp queries`);
   if (timed && timed.untimed > 0) {
@@ -115,23 +121,9 @@ export function profileReport(
     device,
     driver,
     missing,
-    peaks: peaks
-      ? {
-        copy_gb_per_s: peaks.copyRate / 1e9,
-        fma_tflops: peaks.rates.fma / 1e12,
-        matrix_tflops: peaks.rates.matrix === undefined ? null : peaks.rates.matrix / 1e12,
-      }
-      : null,
-    gpu: timed
-      ? {
-        total_ms: timed.gpu.totalMs,
-        kernels_ms: timed.gpu.kernelsMs,
-        gaps_ms: timed.gpu.gapsMs,
-        idle_ms: timed.gpu.idleMs,
-        submissions: timed.gpu.submissions,
-      }
-      : null,
-    kernels: timed ? kernelProfiles(timed.kernels, peaks) : [],
+    peaks: peaks ? peaksReport(peaks) : null,
+    gpu: timed ? gpuProfile(timed, kernels) : null,
+    kernels,
     host: Object.fromEntries(
       (Object.keys(HOST_TRACKS) as HostTrack[]).map((track) => {
         const { spans, busyMs, bytes } = timeline.total(track);
@@ -150,13 +142,41 @@ export function profileReport(
   };
 }
 
+export function peaksReport({ copyRate, rates, timestampMs }: DevicePeaks): PeaksReport {
+  return {
+    copy_gb_per_s: copyRate / 1e9,
+    fma_tflops: rates.fma / 1e12,
+    matrix_tflops: rates.matrix === undefined ? null : rates.matrix / 1e12,
+    timestamp_us: 1000 * timestampMs,
+  };
+}
+
+/** @param kernels the same as `kernelProfiles` has them */
+export function gpuProfile({ gpu }: ProfilerReport, kernels: readonly KernelProfile[]): GpuProfile {
+  const kernelsMs = kernels.reduce((sum, { gpu_ms: ms }) => sum + ms, 0);
+  return {
+    total_ms: gpu.totalMs,
+    kernels_ms: kernelsMs,
+    timestamps_ms: gpu.kernelsMs - kernelsMs,
+    gaps_ms: gpu.gapsMs,
+    idle_ms: gpu.idleMs,
+    submissions: gpu.submissions,
+  };
+}
+
 /** Kernels with what they achieve, against the roofline (Williams et al. 2009) of the device. */
 export function kernelProfiles(
   kernels: readonly KernelTime[],
   peaks: DevicePeaks | undefined,
 ): KernelProfile[] {
-  const totalMs = kernels.reduce((sum, { gpuMs }) => sum + gpuMs, 0);
-  return kernels.map(({ kernel, variant, unit, calls, gpuMs, bytes, flops }) => {
+  const timestampMs = peaks?.timestampMs ?? 0;
+  const times = kernels.map((kernel) => ({
+    ...kernel,
+    gpuMs: Math.max(0, kernel.gpuMs - kernel.calls * timestampMs),
+  }))
+    .toSorted((a, b) => b.gpuMs - a.gpuMs);
+  const totalMs = times.reduce((sum, { gpuMs }) => sum + gpuMs, 0);
+  return times.map(({ kernel, variant, unit, calls, gpuMs, bytes, flops }) => {
     const rate = peaks?.rates[unit];
     const floors = peaks && rate !== undefined
       ? { memory: 1000 * bytes / peaks.copyRate, compute: 1000 * flops / rate }
@@ -203,7 +223,8 @@ const HEADER = [
   "bound by",
 ];
 
-function formatKernels({ kernels, peaks }: ProfileReport): string {
+/** A line for each kernel; shares are of the device's rates. */
+export function formatKernels({ kernels, peaks }: Pick<ProfileReport, "kernels" | "peaks">): string {
   const peakOf = (unit: ArithmeticUnit) => unit === "matrix" ? peaks?.matrix_tflops : peaks?.fma_tflops;
   const shareOf = (n: number, most: number | null | undefined) => percent(most ? n / most : null);
   const rows = kernels.map((row) => [
@@ -258,25 +279,27 @@ function formatHost({ host }: ProfileReport): string {
   return formatTable(["host", "takes", "times", "moves"], rows, [0]);
 }
 
+export function formatGpu(gpu: GpuProfile): string {
+  return `GPU: ${ms(gpu.total_ms)} in ${gpu.submissions} submissions: kernels ${
+    ms(gpu.kernels_ms)
+  }, their timestamps ${ms(gpu.timestamps_ms)}, copies and gaps ${
+    ms(gpu.gaps_ms)
+  }; idle between submissions ${ms(gpu.idle_ms)}`;
+}
+
 /** The report as text, in the order of what to look at first. */
 export function formatProfile(report: ProfileReport): string {
   const { gpu, peaks, missing, memory } = report;
   const parts = [`profile of ${report.device} (${report.driver})`];
-  if (gpu) {
-    parts.push(
-      formatKernels(report),
-      `GPU: ${ms(gpu.total_ms)} in ${gpu.submissions} submissions: kernels ${
-        ms(gpu.kernels_ms)
-      }, gaps between them ${ms(gpu.gaps_ms)}; idle between submissions ${ms(gpu.idle_ms)}`,
-    );
-  }
+  if (gpu) parts.push(formatKernels(report), formatGpu(gpu));
   if (peaks) {
     const { copy_gb_per_s: copy, fma_tflops: fma, matrix_tflops: matrix } = peaks;
     parts.push(
       `device, measured behind the run: copies ${figure(copy)} GB/s; ${
         figure(fma)
       } TFLOP/s of multiply-adds in f32` +
-        (matrix === null ? "" : `, ${figure(matrix)} of f16 matrices`),
+        (matrix === null ? "" : `, ${figure(matrix)} of f16 matrices`) +
+        `; ${figure(peaks.timestamp_us)} us to time a dispatch`,
     );
   }
   parts.push(formatPhases(report), formatHost(report));
@@ -288,9 +311,6 @@ export function formatProfile(report: ProfileReport): string {
       formatBytes(activations)
     }, staging ${formatBytes(staging)}`,
   );
-  if (gpu) {
-    parts.push("Each dispatch ran in a pass of its own, which costs time: docs/profiling.md says how much.");
-  }
   if (missing.length > 0) parts.push(`not measured: ${missing.join("; ")}`);
   return parts.join("\n\n");
 }

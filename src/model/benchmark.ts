@@ -121,6 +121,8 @@ export interface DevicePeaks {
   readonly copyRate: number;
   /** Operations a second, a multiply-add being two; matrices undefined where the device has no tensor cores. */
   readonly rates: { readonly fma: number; readonly matrix: number | undefined };
+  /** Milliseconds that it adds to a dispatch to be timed by itself; 0 where the device has no timestamps. */
+  readonly timestampMs: number;
 }
 
 /**
@@ -146,6 +148,10 @@ const GREEDY = { temperature: 0, topK: 0, topP: 1, minP: 0, repeatPenalty: 1 };
 /** Bytes to copy: far more than caches hold. */
 const COPIED_BYTES = 256 << 20;
 const SOFTWARE_COPIED_BYTES = 64 << 20;
+/** Dispatches, of this many bytes each, that show what timestamps cost; pairs of runs. */
+const TIMED_DISPATCHES = 256;
+const TIMED_BYTES = 4096;
+const TIMED_RUNS = 9;
 /** Kernels run for this long before they are timed; on software adapters once. */
 const WARM_UP_MS = 200;
 /**
@@ -196,7 +202,42 @@ export class Benchmark {
   /** All rates of the device. */
   async peaks(): Promise<DevicePeaks> {
     const matrix = this.#hasMatrixUnits ? await this.peakRate("matrix") : undefined;
-    return { copyRate: await this.copyRate(), rates: { fma: await this.peakRate("fma"), matrix } };
+    return {
+      copyRate: await this.copyRate(),
+      rates: { fma: await this.peakRate("fma"), matrix },
+      timestampMs: await this.#timestampMs(),
+    };
+  }
+
+  /** From dispatches that do next to nothing, in one pass and in passes of their own: the median of some pairs of runs. */
+  async #timestampMs(): Promise<number> {
+    if (!this.#gpu.caps.timestamps) return 0;
+    const variant = {};
+    await this.#gpu.pipelines.prepare(copyBytes, variant);
+    const profilers = (["passes", "dispatches"] as const).map((unit) => new Profiler(this.#gpu, { unit }));
+    try {
+      return await withBuffers(this.#gpu, async (buffer) => {
+        const source = await buffer("source of copies", TIMED_BYTES);
+        const out = await buffer("copies", TIMED_BYTES);
+        const timed = async (profiler: Profiler) => {
+          profiler.reset();
+          const r = new Recorder(this.#gpu, "benchmark", { profiler });
+          for (let i = 0; i < TIMED_DISPATCHES; i++) {
+            r.dispatch(copyBytes, variant, { bytes: TIMED_BYTES }, { source, out });
+          }
+          r.submit();
+          await profiler.settle();
+          return profiler.report().gpu.totalMs / TIMED_DISPATCHES;
+        };
+        const costs: number[] = [];
+        for (let i = 0; i < TIMED_RUNS; i++) {
+          costs.push(-await timed(profilers[0]!) + await timed(profilers[1]!));
+        }
+        return Math.max(0, costs.toSorted((a, b) => a - b)[TIMED_RUNS >> 1]!);
+      });
+    } finally {
+      for (const profiler of profilers) profiler.destroy();
+    }
   }
 
   get #hasMatrixUnits(): boolean {

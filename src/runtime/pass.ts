@@ -136,6 +136,8 @@ export class Recorder implements Dispatcher {
   readonly #encoder: GPUCommandEncoder;
   readonly #endEncoding: EndSpan | undefined;
   #pass: GPUComputePassEncoder | undefined;
+  /** Whether a pass that begins now follows another at once. */
+  #follows = false;
   #part: string | undefined;
   #step: string | undefined;
   #lengths: readonly number[] = [];
@@ -185,6 +187,7 @@ export class Recorder implements Dispatcher {
     byteLength: number,
   ): void {
     this.#endPass();
+    this.#follows = false;
     this.#encoder.copyBufferToBuffer(from.handle, fromOffset, to.handle, toOffset, byteLength);
   }
 
@@ -233,7 +236,9 @@ export class Recorder implements Dispatcher {
           step: this.#step,
           work: NO_WORK,
         },
+      this.#follows,
     );
+    this.#follows = true;
     return timestampWrites ? { timestampWrites } : {};
   }
 

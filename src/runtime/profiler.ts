@@ -75,7 +75,10 @@ export type ProfiledUnit = "dispatches" | "passes";
 
 /** Queries of one submission, and where its timestamps come back. */
 class QuerySlot {
-  readonly dispatches: ProfiledDispatch[] = [];
+  readonly #dispatches: ProfiledDispatch[] = [];
+  /** The query behind each; the one before it is where it begins. */
+  readonly #ends: number[] = [];
+  #queries = 0;
   readonly #gpu: Gpu;
   readonly #querySet: GPUQuerySet;
   readonly #resolved: GpuBuffer;
@@ -91,31 +94,35 @@ class QuerySlot {
     this.#readback = new GpuBuffer(gpu, "readback of timestamps", "staging", size, readUsage);
   }
 
-  span(dispatch: ProfiledDispatch): GPUComputePassTimestampWrites | undefined {
-    const index = this.dispatches.length;
-    if (index >= CAPACITY) return undefined;
-    this.dispatches.push(dispatch);
+  span(dispatch: ProfiledDispatch, hasBegin: boolean): GPUComputePassTimestampWrites | undefined {
+    if (this.#dispatches.length >= CAPACITY) return undefined;
+    const begin = hasBegin ? this.#queries++ : undefined;
+    const end = this.#queries++;
+    this.#dispatches.push(dispatch);
+    this.#ends.push(end);
     return {
       querySet: this.#querySet,
-      beginningOfPassWriteIndex: 2 * index,
-      endOfPassWriteIndex: 2 * index + 1,
+      ...(begin === undefined ? {} : { beginningOfPassWriteIndex: begin }),
+      endOfPassWriteIndex: end,
     };
   }
 
   resolve(encoder: GPUCommandEncoder): void {
-    const { length } = this.dispatches;
-    encoder.resolveQuerySet(this.#querySet, 0, 2 * length, this.#resolved.handle, 0);
-    encoder.copyBufferToBuffer(this.#resolved.handle, 0, this.#readback.handle, 0, 16 * length);
+    encoder.resolveQuerySet(this.#querySet, 0, this.#queries, this.#resolved.handle, 0);
+    encoder.copyBufferToBuffer(this.#resolved.handle, 0, this.#readback.handle, 0, 8 * this.#queries);
   }
 
   /** The slot is free again afterwards. */
   async read(): Promise<{ dispatches: ProfiledDispatch[]; ticks: BigUint64Array }> {
-    const size = 16 * this.dispatches.length;
+    const size = 8 * this.#queries;
     const { handle } = this.#readback;
     await this.#gpu.wait(handle.mapAsync(GPUMapMode.READ, 0, size));
-    const ticks = new BigUint64Array(handle.getMappedRange(0, size).slice(0));
+    const queries = new BigUint64Array(handle.getMappedRange(0, size).slice(0));
     handle.unmap();
-    return { dispatches: this.dispatches.splice(0), ticks };
+    this.#queries = 0;
+    const ends = this.#ends.splice(0);
+    const ticks = BigUint64Array.from(ends.flatMap((end) => [queries[end - 1]!, queries[end]!]));
+    return { dispatches: this.#dispatches.splice(0), ticks };
   }
 
   destroy(): void {
@@ -143,8 +150,11 @@ export interface ProfilerOptions {
 
 /**
  * Times what recorders run. Timestamps come back by themselves while the run goes on; `settle` waits for the last of them.
- * With a pass for each dispatch the gaps between dispatches grow: the sum of kernels is right then, the wall time of the
- * run is not that of an ordinary one.
+ *
+ * A timestamp at the end of a pass waits until the pass has run, which takes microseconds of its own. Dispatches are timed
+ * with one each: from the end of the one before to their own end, what it takes to begin included, as it is part of a run
+ * without timestamps too. Their sum is the submission's time but for copies. What a timestamp costs is in them;
+ * `Benchmark.timestampCost` measures it.
  */
 export class Profiler {
   readonly unit: ProfiledUnit;
@@ -184,10 +194,14 @@ export class Profiler {
     return slot;
   }
 
-  /** Reserves two queries for a pass; undefined when the submission has used them up. */
-  span(dispatch: ProfiledDispatch): GPUComputePassTimestampWrites | undefined {
+  /**
+   * Reserves queries for a pass; undefined when the submission has used them up.
+   * @param follows whether the pass follows the one before at once: that one's end is then where this one begins
+   */
+  span(dispatch: ProfiledDispatch, follows: boolean): GPUComputePassTimestampWrites | undefined {
+    const isFirst = this.#open === undefined;
     this.#open ??= this.#free.pop() ?? this.#newSlot();
-    const span = this.#open.span(dispatch);
+    const span = this.#open.span(dispatch, isFirst || !follows);
     if (!span) this.#untimed++;
     return span;
   }

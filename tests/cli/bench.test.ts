@@ -93,6 +93,7 @@ describe("bench", () => {
         "copy_gb_per_s",
         "peak_tflops",
         "peak_unit",
+        "heads",
         "rows",
       ],
     ]);

@@ -17,9 +17,6 @@ export interface Trace {
   readonly traceEvents: readonly TraceEvent[];
 }
 
-/** Rounding of two neighbouring times to nanoseconds, in microseconds. */
-const ROUNDING = 0.002;
-
 /** What is wrong with a trace; nothing with one that viewers take as it is meant. */
 export function traceProblems({ displayTimeUnit, traceEvents }: Trace): string[] {
   const problems: string[] = [];
@@ -49,9 +46,9 @@ export function traceProblems({ displayTimeUnit, traceEvents }: Trace): string[]
     const open: number[] = [];
     // Of slices that begin together the longer is the outer one.
     for (const { ts, dur, name } of events.toSorted((a, b) => a.ts! - b.ts! || b.dur! - a.dur!)) {
-      while (open.length > 0 && open.at(-1)! <= ts! + ROUNDING) open.pop();
+      while (open.length > 0 && open.at(-1)! <= ts!) open.pop();
       const end = ts! + dur!;
-      if (open.length > 0 && end > open.at(-1)! + ROUNDING) {
+      if (open.length > 0 && end > open.at(-1)!) {
         problems.push(`${name} at ${ts} leaves its slice`);
       }
       open.push(end);
