@@ -1,17 +1,15 @@
 /** `info`: what Vulkan finds here, what fits and which kernels would run; where nothing would, why not. */
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { copyBytes } from "../kernels/copy/copy.ts";
 import { type Choice, chooseKernels, explainChoices } from "../kernels/index.ts";
 import { Benchmark } from "../model/benchmark.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
 import { checkFits, kernelShape, largestContext, planMemory } from "../model/memory_plan.ts";
 import { chooseElem, inFlightOf } from "../model/run_settings.ts";
-import { allocate, formatBytes } from "../runtime/buffers.ts";
+import { formatBytes } from "../runtime/buffers.ts";
 import { type Capabilities, type Gpu, listAdapters } from "../runtime/device.ts";
 import { DoesNotFitError, LongformError } from "../runtime/errors.ts";
 import { adviceFor, describeSubgroups, type Elem } from "../runtime/kernel.ts";
-import { Recorder } from "../runtime/pass.ts";
 import { type ShaderCache, shaderCache } from "../runtime/shader_cache.ts";
 import { diagnose, type Finding } from "../runtime/vulkan_diagnosis.ts";
 import { inspectVulkan, type VulkanSetup } from "../runtime/vulkan_setup.ts";
@@ -97,8 +95,8 @@ interface MeasuredRates {
   readonly fma_tflops: number;
   /** Null where the device has no matrix units. */
   readonly matrix_tflops: number | null;
-  /** Of a kernel that does next to nothing, among many in a pass: recording, submission and run. */
-  readonly dispatch_us: number;
+  /** Of a kernel that does next to nothing, among many in a pass; null where the device has no timestamps. */
+  readonly dispatch_us: number | null;
 }
 
 /** What a model runs with on an adapter, and what keeps it from running. */
@@ -274,8 +272,6 @@ function limitBehind(
 
 /** Runs of each measurement; the fastest counts. */
 const MEASURED_RUNS = 3;
-/** Dispatches in a pass: enough to hide what submitting it costs. */
-const MEASURED_DISPATCHES = 1000;
 
 /** How fast a device is, whatever the model. */
 async function measure(gpu: Gpu): Promise<MeasuredRates> {
@@ -287,42 +283,15 @@ async function measure(gpu: Gpu): Promise<MeasuredRates> {
     signal: new AbortController().signal,
   });
   try {
-    const { copyRate, rates } = await benchmark.peaks();
+    const { copyRate, rates, dispatchMs } = await benchmark.peaks();
     return {
       copy_gb_per_s: copyRate / 1e9,
       fma_tflops: rates.fma / 1e12,
       matrix_tflops: rates.matrix === undefined ? null : rates.matrix / 1e12,
-      dispatch_us: await measureDispatch(gpu),
+      dispatch_us: dispatchMs === undefined ? null : 1000 * dispatchMs,
     };
   } finally {
     benchmark.destroy();
-  }
-}
-
-/** Microseconds that one more dispatch of a tiny kernel takes; each has to wait for the one before it. */
-async function measureDispatch(gpu: Gpu): Promise<number> {
-  const bytes = 16;
-  const variant = {};
-  await gpu.pipelines.prepare(copyBytes, variant);
-  const source = await allocate(gpu, "source of a tiny copy", "activations", bytes);
-  const out = await allocate(gpu, "tiny copy", "activations", bytes);
-  try {
-    let fastest = Infinity;
-    for (let run = 0; run <= MEASURED_RUNS; run++) { // the first warms up
-      await gpu.idle();
-      const starting = performance.now();
-      const r = new Recorder(gpu, "dispatches");
-      for (let i = 0; i < MEASURED_DISPATCHES; i++) {
-        r.dispatch(copyBytes, variant, { bytes }, { source, out });
-      }
-      r.submit();
-      await gpu.idle();
-      fastest = Math.min(fastest, performance.now() - starting);
-    }
-    return 1000 * fastest / MEASURED_DISPATCHES;
-  } finally {
-    source.destroy();
-    out.destroy();
   }
 }
 
@@ -440,7 +409,7 @@ function formatMeasured(measured: MeasuredRates): string[] {
     `  copies ${figure(copy)} GB/s, read and written`,
     `  multiply-adds in f32 ${figure(fma)} TFLOP/s` +
     (matrix === null ? "" : `, matrices of f16 ${figure(matrix)} TFLOP/s`),
-    `  a dispatch ${figure(dispatch)} µs`,
+    ...(dispatch === null ? [] : [`  a dispatch ${figure(dispatch)} µs`]),
   ];
 }
 

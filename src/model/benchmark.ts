@@ -121,6 +121,8 @@ export interface DevicePeaks {
   readonly copyRate: number;
   /** Operations a second, a multiply-add being two; matrices undefined where the device has no tensor cores. */
   readonly rates: { readonly fma: number; readonly matrix: number | undefined };
+  /** Milliseconds of a dispatch that does next to nothing behind another; undefined where the device has no timestamps. */
+  readonly dispatchMs: number | undefined;
   /** Milliseconds that it adds to a dispatch to be timed by itself; 0 where the device has no timestamps. */
   readonly timestampMs: number;
 }
@@ -205,16 +207,17 @@ export class Benchmark {
     return {
       copyRate: await this.copyRate(),
       rates: { fma: await this.peakRate("fma"), matrix },
-      timestampMs: await this.#timestampMs(),
+      ...await this.#dispatchTimes(),
     };
   }
 
-  /** From dispatches that do next to nothing, in one pass and in passes of their own: the median of some pairs of runs. */
-  async #timestampMs(): Promise<number> {
-    if (!this.#gpu.caps.timestamps) return 0;
+  /** From dispatches that do next to nothing, in one pass and in passes of their own: medians of some pairs of runs. */
+  async #dispatchTimes(): Promise<Pick<DevicePeaks, "dispatchMs" | "timestampMs">> {
+    if (!this.#gpu.caps.timestamps) return { dispatchMs: undefined, timestampMs: 0 };
     const variant = {};
     await this.#gpu.pipelines.prepare(copyBytes, variant);
-    const profilers = (["passes", "dispatches"] as const).map((unit) => new Profiler(this.#gpu, { unit }));
+    const together = new Profiler(this.#gpu, { unit: "passes" });
+    const apart = new Profiler(this.#gpu, { unit: "dispatches" });
     try {
       return await withBuffers(this.#gpu, async (buffer) => {
         const source = await buffer("source of copies", TIMED_BYTES);
@@ -229,14 +232,19 @@ export class Benchmark {
           await profiler.settle();
           return profiler.report().gpu.totalMs / TIMED_DISPATCHES;
         };
-        const costs: number[] = [];
+        const dispatches: number[] = [];
+        const timestamps: number[] = [];
         for (let i = 0; i < TIMED_RUNS; i++) {
-          costs.push(-await timed(profilers[0]!) + await timed(profilers[1]!));
+          const dispatchMs = await timed(together);
+          dispatches.push(dispatchMs);
+          timestamps.push(await timed(apart) - dispatchMs);
         }
-        return Math.max(0, costs.toSorted((a, b) => a - b)[TIMED_RUNS >> 1]!);
+        const median = (values: readonly number[]) => values.toSorted((a, b) => a - b)[TIMED_RUNS >> 1]!;
+        return { dispatchMs: median(dispatches), timestampMs: Math.max(0, median(timestamps)) };
       });
     } finally {
-      for (const profiler of profilers) profiler.destroy();
+      together.destroy();
+      apart.destroy();
     }
   }
 
@@ -837,7 +845,8 @@ class Stopwatch {
 
   constructor(gpu: Gpu) {
     this.#gpu = gpu;
-    this.#profiler = gpu.caps.timestamps ? new Profiler(gpu) : undefined;
+    // Not dispatch by dispatch: each timestamp would add microseconds of its own.
+    this.#profiler = gpu.caps.timestamps ? new Profiler(gpu, { unit: "passes" }) : undefined;
   }
 
   /** Milliseconds of what is recorded. */

@@ -152,7 +152,7 @@ describe("bench", () => {
     );
     for (const row of rows) {
       expect(row).toMatch(/^(attention +(flash|standard)|prefill +flash) +64 +f32 +[\d.,]+ /);
-      expect(row).toMatch(/ [\d.,]+ \(\d+ %\) +(-|[\d.,]+ \(\d+ %\)) +[\d.]+ [KM]iB/);
+      expect(row).toMatch(/ [\d.,]+ \([\d.]+ %\) +(-|[\d.,]+ \([\d.]+ %\)) +[\d.]+ [KM]iB/);
       // Numbers end where their titles do.
       const end = header!.indexOf("context") + "context".length;
       expect(row.slice(end - 3, end)).toBe(" 64");

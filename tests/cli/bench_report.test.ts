@@ -1,6 +1,6 @@
 /** `bench --report`: the page's numbers are the JSON's, recorded results are read, bad ones refused. */
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { quadraticBytes, reportSections, straightLine } from "../../src/cli/bench_plots.ts";
 import { drawReport, openReport } from "../../src/cli/bench_report.ts";
@@ -163,10 +163,10 @@ describe("the page", () => {
           "TFLOP/s",
           "GiB (log scale)",
         ],
-        ...["arithmetic intensity, operations a byte (log scale)", "share of the GPU&#39;s time"],
+        ...["arithmetic intensity, operations a byte (log scale)", "share of the GPU's time"],
       ]
     ) {
-      expect(page.replaceAll("GPU's", "GPU&#39;s")).toContain(`>${title}</text>`);
+      expect(page).toContain(`>${title}</text>`);
     }
     for (const label of ["1K", "1,500", "4K"]) expect(figures[0]).toContain(`>${label}</text>`);
   });
@@ -360,7 +360,7 @@ describe("the command", () => {
         "--runs",
         "1",
         "--contexts",
-        "32,64",
+        "32",
         "--report",
         dir,
         "--json",
@@ -382,7 +382,6 @@ describe("the command", () => {
       1,
       /Cannot make the folder .*file\/below/,
     );
-    expect(existsSync(inFolder("below"))).toBe(false);
   });
 
   test("contradictions are errors of the command line", () => {

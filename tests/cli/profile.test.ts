@@ -24,7 +24,7 @@ await Bun.write(ids, JSON.stringify(Array.from({ length: 40 }, (_, i) => i % 7))
 const withoutTimestamps = join(import.meta.dir, "../support/no_timestamps.ts");
 
 describe("kernelProfiles", () => {
-  const peaks = { copyRate: 2e12, rates: { fma: 50e12, matrix: 500e12 }, timestampMs: 0 };
+  const peaks = { copyRate: 2e12, rates: { fma: 50e12, matrix: 500e12 }, dispatchMs: 0.002, timestampMs: 0 };
   const time = { kernel: "k", variant: {}, unit: "fma", calls: 2, gpuMs: 2, bytes: 0, flops: 0 } as const;
 
   test("compares a kernel with what the device can do", () => {
