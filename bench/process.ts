@@ -11,8 +11,8 @@ export interface Watched<T> {
   readonly driverPeakBytes: number | null;
 }
 
-/** Bytes in use on the first NVIDIA GPU. */
-function driverBytes(): number | null {
+/** Bytes in use on the first NVIDIA GPU; null without nvidia-smi. */
+export function driverBytes(): number | null {
   const { status, stdout } = spawnSync("nvidia-smi", [
     "--query-gpu=memory.used",
     "--format=csv,noheader,nounits",
@@ -20,7 +20,8 @@ function driverBytes(): number | null {
   return status === 0 ? Number(stdout.toString().split("\n")[0]) * 2 ** 20 : null;
 }
 
-function residentPeakBytes(pid: number): number | null {
+/** Largest resident set of a process, by the kernel's count; null where there is no /proc. */
+export function residentPeakBytes(pid: number): number | null {
   try {
     const line = /VmHWM:\s+(\d+) kB/.exec(readFileSync(`/proc/${pid}/status`, "utf8"));
     return line ? Number(line[1]) * 1024 : null;

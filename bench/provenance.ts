@@ -1,7 +1,7 @@
 /** Where a recorded result comes from: goes into every file under `bench/results/`. */
 import { spawnSync } from "node:child_process";
 import { mkdirSync, writeFileSync } from "node:fs";
-import { basename, dirname } from "node:path";
+import { dirname, relative } from "node:path";
 import process from "node:process";
 import { runtimeName, VERSION } from "../src/cli/version.ts";
 
@@ -20,12 +20,11 @@ export function provenance(commit: string | undefined): Provenance {
   // Where the result goes is no part of how it was made.
   const out = all.indexOf("--out");
   const args = out < 0 ? all : all.toSpliced(out, 2);
-  const folder = basename(dirname(script));
   return {
     runtime: runtimeName(),
     version: VERSION,
     commit: commit ?? asked.stdout?.toString().trim() ?? "unknown",
-    command: ["bun", `${folder}/${basename(script)}`, ...args].join(" "),
+    command: ["bun", relative(process.cwd(), script), ...args].join(" "),
     date: new Date().toISOString().slice(0, 10),
   };
 }

@@ -10,8 +10,8 @@ import {
 import { writeJson, writeNote, writeResult } from "./output.ts";
 import { figure, formatTable } from "./table.ts";
 
-/** A claim only where no run of one result is as fast as any of the other. */
-export type Verdict = "faster" | "slower" | "same within spread";
+/** A claim only where no run of one result is as fast as any of the other, and there are several of each. */
+export type Verdict = "faster" | "slower" | "same within spread" | "no spread";
 
 /** A measurement that both results have. Ratios are of B to A: below 1, B takes less. */
 export interface ComparedRow extends Pick<BenchRow, "phase" | "peer" | "variant" | "context" | "dtype"> {
@@ -105,6 +105,8 @@ function compareRows(a: BenchRow, b: BenchRow): ComparedRow {
 }
 
 function verdictOf(before: Spread, after: Spread): Verdict {
+  // One run each says nothing of how far two runs are apart.
+  if (before.min === before.max || after.min === after.max) return "no spread";
   if (after.max < before.min) return "faster";
   return after.min > before.max ? "slower" : "same within spread";
 }

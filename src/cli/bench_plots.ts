@@ -6,7 +6,7 @@ import { type BenchProfile, type BenchReport, type BenchRow, headsOf, nameOf } f
 import type { BenchPhase } from "./options.ts";
 import { LABEL_MARK, lineBetween, pixelOf, placeLabels, type Scale } from "./plot_labels.ts";
 import { COLOURS, formatTokens, type Json, type JsonObject } from "./plots.ts";
-import type { KernelProfile } from "./profile.ts";
+import { labelOf } from "./profile.ts";
 import { figure, percent } from "./table.ts";
 
 /** A cell of a table. */
@@ -239,7 +239,8 @@ function attentionSection(rows: readonly Placed[]): Section {
       title: `Attention of one layer, ${dtype}`,
       caption:
         "Causal attention of one layer's heads, kernel alone; lower is better. Both axes are logarithmic: " +
-        "quadratic work is a line of slope 2. \u201crandom\u201d is block-sparse with this share of the causal blocks; " +
+        "quadratic work is a line of slope 2. \u201crandom\u201d is block-sparse with this share of the " +
+        "causal blocks; " +
         `\u201cstandard\u201d writes all scores to memory.${failuresOf(ofType)}`,
       spec: lineSpec(samples, "milliseconds (log scale)", true),
       header: [...SPREAD_HEADER, "TFLOP/s", "peak memory"],
@@ -367,11 +368,13 @@ function memorySection(report: BenchReport, rows: readonly Placed[]): Section {
       title: "Peak memory of prefill",
       caption:
         "Most bytes of GPU buffers while a prompt is read, weights included; lower is better. Symbols are " +
-        "measured. The straight line goes through the first and the last of longform's points: those between lie on it " +
-        "where memory grows linearly (on logarithmic axes it bends: at short contexts the weights are most of it). " +
+        "measured. The straight line goes through the first and the last of longform's points: those between " +
+        "lie on it where memory grows linearly (on logarithmic axes it bends: at short contexts the weights " +
+        "are most of it). " +
         (heads === undefined
-          ? "The quadratic of standard attention is left out, because the result does not say how many heads the model has."
-          : `The quadratic is computed, not measured: the scores of one layer's ${heads} heads, heads × N² × bytes of an element.`),
+          ? "The quadratic of standard attention is left out: the result does not say how many heads there are."
+          : `The quadratic is computed, not measured: the scores of one layer's ${heads} heads, ` +
+            "heads × N² × bytes of an element."),
       spec: {
         width: WIDTH,
         height: HEIGHT,
@@ -461,7 +464,8 @@ function shareSection({ profiles = [] }: BenchReport): Section {
       title: section.title,
       caption:
         "Time of the GPU in one profiled run each, divided among its kernels, and what is none: timestamps, " +
-        "copies and gaps within submissions, and the time between submissions. The length of a bar's part is its share.",
+        "copies and gaps within submissions, and the time between submissions. The length of a bar's part is " +
+        "its share.",
       spec: {
         width: WIDTH - 120,
         height: { step: 34 },
@@ -489,7 +493,7 @@ function shareSection({ profiles = [] }: BenchReport): Section {
         return [
           ...kernels.map((kernel, k) => [
             run,
-            says(kernelName(kernel, kernels)),
+            says(labelOf(kernel, kernels)),
             shows(`${path}.kernels.${k}.calls`, kernel.calls),
             shows(`${path}.kernels.${k}.gpu_ms`, kernel.gpu_ms),
             shows(`${path}.kernels.${k}.share`, kernel.share, percent),
@@ -504,12 +508,6 @@ function shareSection({ profiles = [] }: BenchReport): Section {
       }),
     }],
   };
-}
-
-/** With its settings where the run has several of one name. */
-function kernelName({ kernel, variant }: KernelProfile, all: readonly KernelProfile[]): string {
-  if (all.filter((other) => other.kernel === kernel).length === 1) return kernel;
-  return [kernel, ...Object.entries(variant).map(([key, value]) => `${key}=${String(value)}`)].join(" ");
 }
 
 /** Below, a kernel is in the table alone. */
@@ -560,7 +558,7 @@ function roofline(profile: BenchProfile, at: number): Figure {
     points: [[left, copy * left], [tflops / copy, tflops], [right, tflops]] as const,
   }));
   const points = shown.map((kernel) => ({
-    text: kernelName(kernel, kernels),
+    text: labelOf(kernel, kernels),
     intensity: kernel.flops / kernel.bytes,
     tflops: kernel.tflops,
     unit: ROOFS[kernel.unit],
@@ -604,7 +602,8 @@ function roofline(profile: BenchProfile, at: number): Figure {
       `${
         figure(peaks.copy_gb_per_s)
       } GB/s, and the flat ones are arithmetic from registers, all measured behind the ` +
-      "run (Williams et al. 2009). A point on a roof cannot be faster on this device without less work; the distance " +
+      "run (Williams et al. 2009). A point on a roof cannot be faster on this device without less work; the " +
+      "distance " +
       "to the roof of its kind is what is left. Kernels without arithmetic are in the table alone.",
     spec: {
       width: WIDTH,
@@ -654,7 +653,7 @@ function roofline(profile: BenchProfile, at: number): Figure {
     table: placed.map((kernel) => {
       const path = `profiles.${at}.kernels.${kernel.k}`;
       return [
-        says(kernelName(kernel, kernels)),
+        says(labelOf(kernel, kernels)),
         shows(`${path}.bytes`, kernel.bytes, (n) => figure(n / 1e9)),
         shows(`${path}.flops`, kernel.flops, (n) => figure(n / 1e9)),
         says(kernel.bytes > 0 ? figure(kernel.flops / kernel.bytes) : "-"),

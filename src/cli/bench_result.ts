@@ -73,8 +73,8 @@ export interface BenchReport {
   /** Null where recorded results do not say. */
   readonly runs: number | null;
   /**
-   * What times kernels: `gpu` is its timestamps, `wall` where it has none; null where recorded results do not say.
-   * Whole models are timed by the wall.
+   * What times kernels: `gpu` is its timestamps, `wall` where it has none; null where recorded results do not
+   * say. Whole models are timed by the wall.
    */
   readonly kernel_clock: "gpu" | "wall" | null;
   /** Read and written by a kernel that copies a large buffer; null when it was interrupted. */
@@ -336,7 +336,7 @@ function fromSideBySide(file: Fields, name: string): BenchReport {
   };
 }
 
-/** longform among its peers: a prompt handed over and its first token awaited, which is more than `prefill` alone. */
+/** longform among its peers: a prompt handed over and its first token awaited, more than `prefill` alone. */
 const WHOLE_CALLS = "flash, timed as peers are";
 
 /** Of bench/peers/run.ts. */

@@ -936,6 +936,7 @@ const MEASURING = [
   "--batch",
   "--runs",
   "--kernel",
+  "--trace",
 ] as const;
 
 function typedBench(

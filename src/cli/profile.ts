@@ -200,7 +200,7 @@ export function kernelProfiles(
 }
 
 /** The kernel's name, with the settings that set it apart where it ran in several variants. */
-function labelOf({ kernel, variant }: KernelProfile, all: readonly KernelProfile[]): string {
+export function labelOf({ kernel, variant }: KernelProfile, all: readonly KernelProfile[]): string {
   const others = all.filter((other) => other.kernel === kernel && other.variant !== variant);
   const apart = Object.entries(variant).filter(([key, value]) =>
     others.some((other) => other.variant[key] !== value)

@@ -57,6 +57,13 @@ test("faster and slower only where no runs are alike", () => {
   expect(onlyB).toEqual([{ phase: "prefill", variant: "flash", context: 7, dtype: "f32" }]);
 });
 
+test("no claim where one of the results has a single run", () => {
+  const once = result([row(1, { min: 5, median: 5, max: 5 })]);
+  for (const [a, b] of [[before, once], [once, before], [once, once]] as const) {
+    expect(compareResults("A", a, "B", b).rows[0]!.verdict).toBe("no spread");
+  }
+});
+
 test("memory, and peers apart from longform", () => {
   const a = result([row(1, ten, { peak_bytes: 200 }), row(1, ten, { peer: "p" })]);
   const { rows, only_a: onlyA } = compareResults("A", a, "B", after);

@@ -192,7 +192,7 @@ describe("what is drawn", () => {
     expect(attention.figures[0]!.caption).toContain("standard at 4K, whose scores need 1 GiB");
   });
 
-  test("memory: the measured points lie on a straight line where memory is linear, and the scores are quadratic", () => {
+  test("memory: a straight line through linear points, and scores that are quadratic", () => {
     expect(straightLine(report.rows[0]!, report.rows[6]!)(1500)).toBeCloseTo(1e6 + 100 * 1500, 3);
     expect(quadraticBytes(12, 65536, "f16")).toBe(96 * 2 ** 30);
     const values = drawn(report).get("memory")!;
