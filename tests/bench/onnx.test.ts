@@ -50,8 +50,7 @@ async function write(options: TinyOptions, elem: Elem): Promise<Written> {
     options,
   );
   const source = await openCheckpoint(dir);
-  const model = await writeWeights(out, source, config, elem);
-  await source.close();
+  const model = await writeWeights(out, source, config, elem).finally(() => source.close());
   const file = readFileSync(join(out, WEIGHTS_FILE));
   const shapes = new Map<string, readonly number[]>();
   const weights = new Map<string, Float32Array>();
