@@ -463,7 +463,7 @@ function shareSection({ profiles = [] }: BenchReport): Section {
     figures: [{
       title: section.title,
       caption:
-        "Time of the GPU in one profiled run each, divided among its kernels, and what is none: timestamps, " +
+        "Time of the GPU in one profiled run each, of decode all its tokens (up to 128), divided among its kernels, and what is none: timestamps, " +
         "copies and gaps within submissions, and the time between submissions. The length of a bar's part is " +
         "its share.",
       spec: {
@@ -602,9 +602,8 @@ function roofline(profile: BenchProfile, at: number): Figure {
       `${
         figure(peaks.copy_gb_per_s)
       } GB/s, and the flat ones are arithmetic from registers, all measured behind the ` +
-      "run (Williams et al. 2009). A point on a roof cannot be faster on this device without less work; the " +
-      "distance " +
-      "to the roof of its kind is what is left. Kernels without arithmetic are in the table alone.",
+      "run (Williams et al. 2009). The distance to the roof of its kind is what a kernel has left; above the " +
+      "slanted one are those whose bytes lie in caches. Kernels without arithmetic are in the table alone.",
     spec: {
       width: WIDTH,
       height: ROOFLINE_HEIGHT,
