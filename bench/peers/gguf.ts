@@ -10,7 +10,6 @@
 import { open } from "node:fs/promises";
 import { join } from "node:path";
 import process from "node:process";
-import { parseArgs } from "node:util";
 import { type LoadableTensor, resolveCheckpoint } from "../../src/model/checkpoint.ts";
 import type { GPT2Config } from "../../src/model/config.ts";
 import { convertElements } from "../../src/model/float16.ts";
@@ -18,7 +17,7 @@ import { fileErrorCode, isJsonObject, readJsonObject } from "../../src/model/jso
 import { elementCount, type WeightSource } from "../../src/model/weight_source.ts";
 import { ModelError } from "../../src/runtime/errors.ts";
 import { type Elem, sizeOf } from "../../src/runtime/kernel.ts";
-import { chosenModel, messageOf, openModel } from "./peer.ts";
+import { chosenModel, messageOf, openModel, parseConversion } from "./peer.ts";
 
 /** A byte-level BPE; llama.cpp loads no model without one, although only ids are given to it here. */
 export interface Vocabulary {
@@ -317,15 +316,7 @@ export async function writeGguf(
 
 if (import.meta.main) {
   try {
-    const { values } = parseArgs({
-      options: {
-        model: { type: "string" },
-        "model-shape": { type: "string" },
-        contexts: { type: "string", default: "1k" },
-        dtype: { type: "string", default: "f16" },
-        out: { type: "string" },
-      },
-    });
+    const values = parseConversion();
     const { out } = values;
     if (out === undefined) throw new Error("there is no --out FILE.gguf");
     const { model, dtype, ...choice } = chosenModel(values);

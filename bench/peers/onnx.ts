@@ -13,14 +13,13 @@
 import { type FileHandle, open, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import process from "node:process";
-import { parseArgs } from "node:util";
 import { type LoadableTensor, resolveCheckpoint } from "../../src/model/checkpoint.ts";
 import type { GPT2Config } from "../../src/model/config.ts";
 import { convertElements, STORED_BYTES } from "../../src/model/float16.ts";
 import { elementCount, type WeightSource } from "../../src/model/weight_source.ts";
 import { ModelError } from "../../src/runtime/errors.ts";
 import { type Elem, sizeOf } from "../../src/runtime/kernel.ts";
-import { chosenModel, loadPackage, messageOf, openModel } from "./peer.ts";
+import { chosenModel, loadPackage, messageOf, openModel, parseConversion } from "./peer.ts";
 
 /** The fields of ONNX's messages that are used here, as the package onnx-buf spells them. */
 export interface OnnxModel {
@@ -521,15 +520,7 @@ export async function encodeModel(model: OnnxModel): Promise<Uint8Array> {
 
 if (import.meta.main) {
   try {
-    const { values } = parseArgs({
-      options: {
-        model: { type: "string" },
-        "model-shape": { type: "string" },
-        contexts: { type: "string", default: "1k" },
-        dtype: { type: "string", default: "f16" },
-        out: { type: "string" },
-      },
-    });
+    const values = parseConversion();
     const { out } = values;
     if (out === undefined) throw new Error("there is no --out FOLDER");
     const { dtype, ...choice } = chosenModel(values);

@@ -165,6 +165,19 @@ export function commonOptions(values: CommonValues): Omit<PeerOptions, "out"> {
   return { ...chosen, newTokens, runs };
 }
 
+/** The command line of what writes a checkpoint in a peer's format: which, and where to. */
+export function parseConversion() {
+  return parseArgs({
+    options: {
+      model: { type: "string" },
+      "model-shape": { type: "string" },
+      contexts: { type: "string", default: "1k" },
+      dtype: { type: "string", default: "f16" },
+      out: { type: "string" },
+    },
+  }).values;
+}
+
 /**
  * The checkpoint's sizes and weights; a published shape has positions for the largest context. The caller closes
  * the source.
