@@ -124,11 +124,15 @@ async function measureAll(subject: Subject, write: ReportWriter | undefined): Pr
     }
   };
   try {
-    current = "copy";
-    copyRate = await benchmark.copyRate();
-    current = "peak";
-    peakRate = await benchmark.peakRate();
-    if (subject.profiler) peaks = await benchmark.peaks();
+    current = "copy and peak";
+    if (subject.profiler) {
+      peaks = await benchmark.peaks();
+      copyRate = peaks.copyRate;
+      peakRate = peaks.rates[benchmark.peakUnit] ?? null;
+    } else {
+      copyRate = await benchmark.copyRate();
+      peakRate = await benchmark.peakRate();
+    }
     for (const context of options.contexts) {
       for (const phase of ["attention", "gemm"] as const) {
         if (!options.phases.includes(phase)) continue;

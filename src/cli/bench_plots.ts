@@ -103,6 +103,12 @@ interface Sample {
   readonly high: number;
 }
 
+/** A rate at the median time, with those at the longest and the shortest. */
+function rateSample(series: string, { context, ms }: BenchRow, rate: number): Sample {
+  const { min, median, max } = ms!;
+  return { series, context, value: rate, low: rate * median / max, high: rate * median / min };
+}
+
 /** Lines with points and their ranges over contexts. */
 function lineSpec(samples: readonly Sample[], title: string, isLog: boolean): JsonObject {
   const names = [...new Set(samples.map(({ series }) => series))];
@@ -183,17 +189,7 @@ function rateSection(rows: readonly Placed[], phase: "prefill" | "decode"): Sect
   const timed = own.filter(({ ms, tokens_per_s: rate }) => ms && rate !== null);
   if (timed.length === 0) return { ...section, figures: [], missing: notMeasured(phase, own) };
   const nameIn = seriesNames(timed);
-  const samples = timed.map((row): Sample => {
-    const rate = row.tokens_per_s!;
-    const { min, median, max } = row.ms!;
-    return {
-      series: nameIn(row),
-      context: row.context,
-      value: rate,
-      low: rate * median / max,
-      high: rate * median / min,
-    };
-  });
+  const samples = timed.map((row) => rateSample(nameIn(row), row, row.tokens_per_s!));
   const measured = phase === "prefill"
     ? "Tokens a second of a prompt of this length, the whole model, timed on the host"
     : "Tokens a second drawn greedily up to a context of this length, the whole model, timed on the host";
@@ -260,17 +256,7 @@ function productSection(rows: readonly Placed[]): Section {
   const timed = own.filter(({ ms, tflops }) => ms && tflops !== null);
   if (timed.length === 0) return { ...section, figures: [], missing: notMeasured("gemm", own) };
   const nameIn = seriesNames(timed);
-  const samples = timed.map((row): Sample => {
-    const { min, median, max } = row.ms!;
-    const rate = row.tflops!;
-    return {
-      series: nameIn(row),
-      context: row.context,
-      value: rate,
-      low: rate * median / max,
-      high: rate * median / min,
-    };
-  });
+  const samples = timed.map((row) => rateSample(nameIn(row), row, row.tflops!));
   return {
     ...section,
     figures: [{

@@ -48,7 +48,7 @@ export interface BenchProfile {
   readonly phase: BenchPhase;
   readonly context: number;
   readonly variant: string;
-  /** Of the profiled run, timestamps included. */
+  /** As the row of the same measurement counts it, of the profiled run: timestamps included. */
   readonly ms: number;
   readonly peaks: PeaksReport;
   readonly gpu: GpuProfile;

@@ -55,7 +55,7 @@ export interface GpuProfile {
 /** What the host did of one kind. */
 export interface HostProfile {
   readonly count: number;
-  /** In which at least one was under way. */
+  /** In which at least one was under way; of encoding on threads, what all of them spent. */
   readonly ms: number;
   readonly bytes: number;
 }

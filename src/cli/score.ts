@@ -256,6 +256,12 @@ async function scoreAll(
   const { controller, stop } = abortOnInterrupt(() => progress.clear());
   const output = options.json ? new JsonArray() : undefined;
   const scores: DocumentScore[] = [];
+  /** What was watched of the run, which an interruption does not lose. */
+  const watched = async () => {
+    const profile = options.json ? undefined : await instruments.profile(gpu, loaded.model, loaded.profiler);
+    if (profile) writeNote(formatProfile(profile));
+    await instruments.writeTrace(gpu, loaded.profiler);
+  };
   try {
     for (const { open } of documents) {
       const document = await open();
@@ -283,15 +289,12 @@ async function scoreAll(
         formatReport({ file: `all ${scores.length} files`, window, ...scoreNumbers(totalScore(scores)) }),
       );
     }
-    if (!options.json) {
-      const profile = await instruments.profile(gpu, loaded.model, loaded.profiler);
-      if (profile) writeNote(formatProfile(profile));
-    }
-    await instruments.writeTrace(gpu, loaded.profiler);
+    await watched();
     return 0;
   } catch (error) {
     if (controller.signal.aborted && error === controller.signal.reason) {
       output?.endEvenIfEmpty();
+      await watched();
       return 130;
     }
     throw error;

@@ -679,7 +679,7 @@ export class ModelKernels {
     x: GpuBuffer,
     segments: GpuBuffer,
     out: GpuBuffer,
-    p: { segments: number; firstSegment: number; summedRows?: number },
+    p: { segments: number; firstSegment: number; summedRows?: () => number },
   ): void {
     if (p.segments === 0) return;
     const width = 4 * Math.ceil(this.#shape.width / 4);

@@ -274,7 +274,7 @@ export class Classifier {
         // Rows are counted within a chunk.
         upload(rowSegments, packSegments(some.map((piece) => ({ ...piece, first: piece.first - first }))));
         kernels.finalNorm(r, activations.x, weights.ln_f, normedRows, 0, rows);
-        const sums = { segments: some.length, firstSegment: 0, summedRows: unionRows(some) };
+        const sums = { segments: some.length, firstSegment: 0, summedRows: () => unionRows(some) };
         kernels.segmentSum(r, normedRows, rowSegments, buffers.pieces, sums);
       },
       finish: (r: Recorder) => {
@@ -283,7 +283,7 @@ export class Classifier {
         const sums = {
           segments: means.length,
           firstSegment: pieces.length,
-          summedRows: pieces.length,
+          summedRows: () => pieces.length,
         };
         kernels.segmentSum(r, buffers.pieces, rowSegments, buffers.features, sums);
       },
@@ -309,7 +309,7 @@ export class Classifier {
       const gathered = {
         segments: end - from,
         firstSegment: from,
-        summedRows: unionRows(segments.slice(from, end)),
+        summedRows: () => unionRows(segments.slice(from, end)),
       };
       kernels.segmentSum(r, activations.x, rowSegments, pooled, gathered);
     };

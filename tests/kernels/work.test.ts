@@ -654,7 +654,7 @@ describe("tensors that are streamed", () => {
   });
   streamed("sums of rows", {
     op: op(segmentSum, {}),
-    problem: { segments: 7, firstSegment: 2, width: 32, summedRows: 100 },
+    problem: { segments: 7, firstSegment: 2, width: 32, summedRows: () => 100 },
     tensors: { x: [100 * 32, 4], out: [7 * 32, 4] },
   });
   streamed("likelihoods", {

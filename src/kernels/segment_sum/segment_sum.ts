@@ -20,8 +20,8 @@ export interface SegmentSumProblem {
   readonly firstSegment: number;
   /** Columns of `x` and `out`, a multiple of four. */
   readonly width: number;
-  /** Different rows of `x` in the segments, for `work`; one for each when left out. */
-  readonly summedRows?: number;
+  /** Different rows of `x` in the segments, which only `work` asks for; one for each when left out. */
+  readonly summedRows?: () => number;
 }
 
 /** Bytes of one segment. */
@@ -58,8 +58,8 @@ export const segmentSum: Kernel<Record<string, never>, SegmentSumProblem> = {
     const [x, y] = foldGrid(segments);
     return [x, y, Math.ceil(width / 4 / LANES)];
   },
-  work: (_, { segments, width, summedRows = segments }) => ({
-    bytes: 4 * width * (summedRows + segments),
+  work: (_, { segments, width, summedRows = () => segments }) => ({
+    bytes: 4 * width * (summedRows() + segments),
     flops: 0,
   }),
 };
