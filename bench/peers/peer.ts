@@ -18,6 +18,7 @@ import { join } from "node:path";
 import process from "node:process";
 import { parseArgs, type ParseArgsConfig } from "node:util";
 import { type GPT2Config, isPublishedShape, PUBLISHED_SHAPES, readConfig } from "../../src/model/config.ts";
+import { findModel } from "../../src/model/hub.ts";
 import { openCheckpoint } from "../../src/model/safetensors.ts";
 import { syntheticPrompt, syntheticSource } from "../../src/model/synthetic.ts";
 import type { WeightSource } from "../../src/model/weight_source.ts";
@@ -185,7 +186,10 @@ export function parseConversion() {
 export async function openModel(
   { model, modelShape, contexts }: Pick<PeerOptions, "model" | "modelShape" | "contexts">,
 ): Promise<{ readonly config: GPT2Config; readonly source: WeightSource }> {
-  if (model !== undefined) return { config: await readConfig(model), source: await openCheckpoint(model) };
+  if (model !== undefined) {
+    const dir = await findModel(model);
+    return { config: await readConfig(dir), source: await openCheckpoint(dir) };
+  }
   const config = { ...PUBLISHED_SHAPES[modelShape!], nPositions: Math.max(...contexts) };
   return { config, source: syntheticSource(config) };
 }

@@ -36,10 +36,11 @@ import {
   shapeName,
 } from "./bench_result.ts";
 import { Instruments } from "./instruments.ts";
-import { abortOnInterrupt, modelFolder, noteChoices, openCommandDevice } from "./load.ts";
+import { modelFolder, noteChoices, openCommandDevice } from "./load.ts";
 import type { BenchOptions, BenchPhase } from "./options.ts";
 import { ProgressLine, writeJson, writeNote, writeResult } from "./output.ts";
 import { formatGpu, formatKernels, gpuProfile, kernelProfiles, peaksReport } from "./profile.ts";
+import { abortOnSignal, interruptedExitCode } from "./signals.ts";
 import { figure, formatTable, percent } from "./table.ts";
 import { runtimeName, VERSION } from "./version.ts";
 
@@ -55,7 +56,7 @@ interface Subject {
   readonly options: BenchOptions;
 }
 
-/** Runs the command. @returns 0; 1 when a result was wrong, 4 when a model did not fit, 130 when it was interrupted */
+/** Runs the command. @returns 0; 1 when a result was wrong, 4 when a model did not fit, a signal's when one has ended it */
 export async function runBench(options: BenchOptions): Promise<number> {
   if (options.compare) return await runCompare(options.compare, options);
   const write = options.report === undefined ? undefined : await openReport(options.report);
@@ -87,14 +88,14 @@ export async function runBench(options: BenchOptions): Promise<number> {
 /** The model's sizes; a published shape has positions for the largest context. */
 async function benchConfig(options: BenchOptions): Promise<GPT2Config> {
   const { modelShape, contexts } = options;
-  if (modelShape === undefined) return await readConfig(modelFolder(options));
+  if (modelShape === undefined) return await readConfig(await modelFolder(options));
   return { ...PUBLISHED_SHAPES[modelShape], nPositions: Math.max(...contexts) };
 }
 
 async function measureAll(subject: Subject, write: ReportWriter | undefined): Promise<number> {
   const { gpu, config, elem, chosen, options } = subject;
   const progress = new ProgressLine(options);
-  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const { controller, stop } = abortOnSignal(() => progress.clear());
   const { signal } = controller;
   const rows: BenchRow[] = [];
   const profiles: BenchProfile[] = [];
@@ -160,6 +161,7 @@ async function measureAll(subject: Subject, write: ReportWriter | undefined): Pr
           benchmark,
           context,
           progress,
+          signal,
           measure,
           async (phase, variant, model) => {
             if (!subject.profiler || !peaks) return;
@@ -174,7 +176,7 @@ async function measureAll(subject: Subject, write: ReportWriter | undefined): Pr
     }
   } catch (error) {
     if (!signal.aborted || error !== signal.reason) throw error;
-    exitCode = 130;
+    exitCode = interruptedExitCode();
   } finally {
     stop();
     progress.clear();
@@ -186,7 +188,7 @@ async function measureAll(subject: Subject, write: ReportWriter | undefined): Pr
     driver,
     runtime: runtimeName(),
     version: VERSION,
-    model: options.modelShape ? shapeName(options.modelShape) : modelFolder(options),
+    model: options.modelShape ? shapeName(options.modelShape) : await modelFolder(options),
     runs: options.runs,
     kernel_clock: timestamps ? "gpu" : "wall",
     copy_gb_per_s: copyRate === null ? null : copyRate / 1e9,
@@ -284,12 +286,15 @@ async function measureModel(
   benchmark: Benchmark,
   context: number,
   progress: ProgressLine,
+  signal: AbortSignal,
   measure: Measure,
   profile: (phase: ModelPhase, variant: string, model: Gpt2) => Promise<void>,
 ): Promise<void> {
   const phases = options.phases.filter((phase) => phase === "prefill" || phase === "decode");
   if (phases.length === 0) return;
-  const source = options.modelShape ? syntheticSource(config) : await openCheckpoint(modelFolder(options));
+  const source = options.modelShape
+    ? syntheticSource(config)
+    : await openCheckpoint(await modelFolder(options));
   // Prefill is of one sequence, and the cache that it leaves is what decoding continues.
   const batches = phases.includes("decode") ? options.batch : [1];
   try {
@@ -306,7 +311,10 @@ async function measureModel(
           decoding: { sequences, inFlight: inFlightOf(gpu) },
           kernels: options.kernels,
           profiler,
-          onLoad: (done, total) => progress.show(`loading ${Math.floor(100 * done / total)} %`),
+          onLoad: (done, total) => {
+            signal.throwIfAborted();
+            progress.show(`loading ${Math.floor(100 * done / total)} %`);
+          },
         });
       try {
         for (const phase of ["prefill", "decode"] as const) {

@@ -5,12 +5,14 @@ import type { Classification, ClassifiedDocument } from "../model/classification
 import { Evaluation, evaluationReport, formatByLength, formatEvaluation } from "../model/evaluation.ts";
 import { checkpointLabels } from "../model/label_head.ts";
 import { Longform } from "../model/longform.ts";
+import { quoteName } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import { UsageError } from "../runtime/errors.ts";
+import { printable } from "../runtime/printable.ts";
 import { type Collection, type InputDocument, openFiles, openJsonl } from "./documents.ts";
 import { readIds } from "./input.ts";
 import { Instruments } from "./instruments.ts";
-import { abortOnInterrupt, checkContext, modelFolder, noteChoices, noteSparsity } from "./load.ts";
+import { checkContext, modelFolder, noteChoices, noteSparsity } from "./load.ts";
 import type { ClassifyOptions } from "./options.ts";
 import {
   formatMs,
@@ -24,6 +26,8 @@ import {
 import { formatProfile, type ProfileReport } from "./profile.ts";
 import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
 import { ResultFile, type ResultSink, ResultStream } from "./result_file.ts";
+import { abortOnSignal, interruptedExitCode } from "./signals.ts";
+import { shortName } from "./table.ts";
 
 /** What is said of a document, or of its beginning. */
 interface ClassificationReport {
@@ -76,9 +80,9 @@ interface RunReport {
   readonly memory: Memory;
 }
 
-/** Runs the command. @returns the exit code: 0, 1 when a document could not be classified, 130 when it was interrupted */
+/** Runs the command. @returns the exit code: 0, 1 when a document could not be classified, or a signal's */
 export async function runClassify(options: ClassifyOptions): Promise<number> {
-  const dir = modelFolder(options);
+  const dir = await modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
   checkLengths(config, options);
@@ -197,10 +201,10 @@ class ClassifyRun {
 
   async run(): Promise<number> {
     const options = this.#options;
-    const { controller, stop } = abortOnInterrupt(() => this.#progress.clear());
+    const { controller, stop } = abortOnSignal(() => this.#progress.clear());
     let longform: Longform | undefined;
     try {
-      longform = await this.#load();
+      longform = await this.#load(controller.signal);
       const { profiler } = longform;
       this.#onStart = () => this.#instruments.restart(profiler); // what ran before is no part of it
       if (!options.quiet) noteSparsity(longform.model);
@@ -218,7 +222,7 @@ class ClassifyRun {
     } catch (error) {
       if (!controller.signal.aborted || error !== controller.signal.reason) throw error;
       this.#array?.endEvenIfEmpty();
-      return 130;
+      return interruptedExitCode();
     } finally {
       stop();
       this.#progress.clear();
@@ -227,7 +231,7 @@ class ClassifyRun {
     }
   }
 
-  async #load(): Promise<Longform> {
+  async #load(signal: AbortSignal): Promise<Longform> {
     const { labels, pooling, maxTokens, workers, verbose, kernels, quiet } = this.#options;
     const { total, largestBytes } = this.#collection;
     const context = this.#context();
@@ -251,7 +255,10 @@ class ClassifyRun {
       onNotice: (message) => {
         if (!quiet) writeNote(`note: ${message}`);
       },
-      onLoad: (loaded, bytes) => this.#progress.show(`loading ${Math.floor(100 * loaded / bytes)} %`),
+      onLoad: (loaded, bytes) => {
+        signal.throwIfAborted();
+        this.#progress.show(`loading ${Math.floor(100 * loaded / bytes)} %`);
+      },
       onOpened: (gpu, config, elem) => noteChoices(gpu, config, elem, { verbose, kernels }),
     }).finally(() => this.#progress.clear());
   }
@@ -293,7 +300,7 @@ class ClassifyRun {
     if ("error" in document) return undefined;
     const { expected } = document;
     if (expected === undefined || this.#labels.has(expected)) return undefined;
-    return `the expected label ${JSON.stringify(expected)} is none of the ${this.#labels.size} labels`;
+    return `the expected label ${quoteName(expected)} is none of the ${this.#labels.size} labels`;
   }
 
   #writeResult(document: InputDocument, classified: ClassifiedDocument, loadMs: number): void {
@@ -427,7 +434,7 @@ function reportOf({ tokens, truncated, label, scores, logits }: Classification):
 
 /** `book.txt: Jack London 97.3 % (Mark Twain 1.0 %), 16384 tokens` */
 function formatReport(report: DocumentReport): string {
-  const name = String(report.file ?? report.id);
+  const name = printable(String(report.file ?? report.id));
   if ("error" in report) return `${name}: error: ${report.error}\n`;
   const { label, scores, tokens, truncated } = report;
   const [second] = Object.entries(scores).filter(([other]) => other !== label).toSorted(([, a], [, b]) =>
@@ -435,9 +442,9 @@ function formatReport(report: DocumentReport): string {
   );
   const score = (value: number) =>
     value >= 0 && value <= 1 ? `${(100 * value).toFixed(1)} %` : value.toPrecision(4);
-  const runnerUp = second ? ` (${second[0]} ${score(second[1])})` : "";
+  const runnerUp = second ? ` (${shortName(second[0])} ${score(second[1])})` : "";
   const cut = truncated ? `first ${tokens} tokens` : counted(tokens, "token");
-  return `${name}: ${label} ${score(scores[label]!)}${runnerUp}, ${cut}\n`;
+  return `${name}: ${shortName(label)} ${score(scores[label]!)}${runnerUp}, ${cut}\n`;
 }
 
 function formatRun({ documents, skipped, tokens, ms, gpu_busy, memory, ...rates }: RunReport): string {

@@ -18,7 +18,6 @@ import { timed } from "../runtime/timeline.ts";
 import { type Prompt as PromptInput, readPrompt } from "./input.ts";
 import { Instruments } from "./instruments.ts";
 import {
-  abortOnInterrupt,
   boundTokens,
   checkContext,
   checkPositions,
@@ -42,6 +41,7 @@ import {
 import { PromptSession, type SessionReport } from "./prompt_session.ts";
 import { formatProfile, type ProfileReport } from "./profile.ts";
 import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
+import { abortOnSignal, interruptedExitCode } from "./signals.ts";
 
 export interface LogprobEntry {
   readonly id: number;
@@ -107,9 +107,9 @@ export function seedOf({ seed }: GenerateOptions): number {
   return seed ?? crypto.getRandomValues(new Uint32Array(1))[0]!;
 }
 
-/** Runs the command. @returns the exit code: 0, or 130 when it was interrupted */
+/** Runs the command. @returns the exit code: 0, or a signal's when one has ended it */
 export async function runGenerate(options: GenerateOptions): Promise<number> {
-  const dir = modelFolder(options);
+  const dir = await modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
   const instruments = await Instruments.open(options);
@@ -232,7 +232,7 @@ async function runOnDevice(
       const profile = await instruments.profile(gpu, model, profiler);
       report(result, timings, memory, sparsityReport(model), session, profile, options);
       await instruments.writeTrace(gpu, profiler);
-      return result.finishReason === "interrupt" && !result.isPipeClosed ? 130 : 0;
+      return result.finishReason === "interrupt" && !result.isPipeClosed ? interruptedExitCode() : 0;
     } finally {
       profiler?.destroy();
       model.destroy();
@@ -317,7 +317,7 @@ async function stream(
 ): Promise<StreamResult> {
   const seed = seedOf(options);
   const { sampling, logprobs: wantedLogprobs } = drawingOf(options);
-  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const { controller, stop } = abortOnSignal(() => progress.clear());
   const output = new TextOutput(!options.json);
   const starting = performance.now();
   const cached = prompt.cached.length;

@@ -12,18 +12,12 @@ import type { WeightSource } from "../model/weight_source.ts";
 import { formatBytes } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { InputError } from "../runtime/errors.ts";
+import { printableMessage } from "../runtime/printable.ts";
 import { timed } from "../runtime/timeline.ts";
 import { drawingOf, namedLogprobs, seedOf, type TokenLogprobs } from "./generate.ts";
-import { openText } from "./input.ts";
+import { readWhole } from "./input.ts";
 import { Instruments } from "./instruments.ts";
-import {
-  abortOnInterrupt,
-  checkContext,
-  choosePositions,
-  loadModel,
-  modelFolder,
-  openCommandDevice,
-} from "./load.ts";
+import { checkContext, choosePositions, loadModel, modelFolder, openCommandDevice } from "./load.ts";
 import type { GenerateOptions } from "./options.ts";
 import {
   ClosedPipe,
@@ -36,6 +30,7 @@ import {
 } from "./output.ts";
 import { formatProfile, type ProfileReport } from "./profile.ts";
 import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
+import { abortOnSignal, interruptedExitCode } from "./signals.ts";
 
 /** A line of the file. */
 interface PromptLine {
@@ -84,9 +79,9 @@ interface BatchReport {
 const BATCH = 32;
 const SOFTWARE_BATCH = 4;
 
-/** Runs the command. @returns the exit code: 0, 1 when a line could not be used, or 130 when it was interrupted */
+/** Runs the command. @returns the exit code: 0, 1 when a line could not be used, or a signal's */
 export async function runGenerateBatch(options: GenerateOptions): Promise<number> {
-  const dir = modelFolder(options);
+  const dir = await modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
   const sparsity = await openSparsity(options.sparsity);
@@ -116,19 +111,13 @@ export async function runGenerateBatch(options: GenerateOptions): Promise<number
 }
 
 /** The lines that are not empty. Where the first is a JSON object, all must be. */
-async function readLines(path: string): Promise<(PromptLine | BadLine)[]> {
-  const input = await openText(path);
-  const pieces: string[] = [];
-  try {
-    for await (const piece of input.pieces) pieces.push(piece);
-  } finally {
-    await input.close();
-  }
+export async function readLines(path: string): Promise<(PromptLine | BadLine)[]> {
+  const { name, text } = await readWhole(path);
   // Editors of some systems begin a file with a mark of its encoding.
-  const lines = pieces.join("").replace(/^\ufeff/, "").split(/\r?\n/)
+  const lines = text.replace(/^\ufeff/, "").split(/\r?\n/)
     .map((text, i) => ({ line: i + 1, text }))
     .filter(({ text }) => text.trim() !== "");
-  if (lines.length === 0) throw new InputError(`${input.name} holds no prompts`);
+  if (lines.length === 0) throw new InputError(`${name} holds no prompts`);
   return lines[0]!.text.trimStart().startsWith("{") ? lines.map(parseRecord) : lines;
 }
 
@@ -137,7 +126,7 @@ function parseRecord({ line, text }: PromptLine): PromptLine | BadLine {
   try {
     record = JSON.parse(text);
   } catch (error) {
-    return { line, error: `not JSON: ${(error as Error).message}` };
+    return { line, error: printableMessage(`not JSON: ${(error as Error).message}`) };
   }
   if (typeof record !== "object" || record === null || Array.isArray(record)) {
     return { line, error: "not a JSON object" };
@@ -146,6 +135,10 @@ function parseRecord({ line, text }: PromptLine): PromptLine | BadLine {
   const named = typeof id === "string" || typeof id === "number" ? { line, id } : { line };
   if (id !== undefined && named.id === undefined) {
     return { line, error: '"id" is neither a string nor a number' };
+  }
+  // It would come back as another one, or as null.
+  if (typeof id === "number" && Math.abs(id) > Number.MAX_SAFE_INTEGER) {
+    return { line, error: '"id" is too large for a number: put it in quotes' };
   }
   if (typeof prompt !== "string") return { ...named, error: 'there is no text under "prompt"' };
   return { ...named, text: prompt };
@@ -222,7 +215,7 @@ class Batch {
       progress,
       this.#instruments.profiling,
     );
-    const { controller, stop } = abortOnInterrupt(() => progress.clear());
+    const { controller, stop } = abortOnSignal(() => progress.clear());
     const prefill = { tokens: 0, ms: 0 };
     let generated = 0;
     let firstTokenAt: number | null = null;
@@ -288,7 +281,10 @@ class Batch {
       const failed = lines.length - usable.length;
       if (!options.quiet && !options.json && !out.isClosed) this.#note(report, generated, failed);
       if (out.isClosed) return 0;
-      return isInterrupted ? 130 : failed > 0 ? 1 : 0;
+      return isInterrupted ? interruptedExitCode() : failed > 0 ? 1 : 0;
+    } catch (error) {
+      out.finish();
+      throw error;
     } finally {
       stop();
       progress.clear();
@@ -300,7 +296,7 @@ class Batch {
   /** Room for the longest prompt and what may follow it, unless it is given. */
   #planContext(lines: readonly (PreparedLine | BadLine)[]): { context: number; positions: Positions } {
     const { context, maxTokens, positions } = this.#options;
-    const longest = Math.max(1, ...lines.map((line) => "ids" in line ? line.ids.length : 0));
+    const longest = lines.reduce((most, line) => Math.max(most, "ids" in line ? line.ids.length : 0), 1);
     const limit = positions === "exact" ? this.#config.nPositions : Infinity;
     const planned = context ?? Math.min(longest + maxTokens, limit);
     return { context: planned, positions: choosePositions(this.#config, this.#options, planned) };
@@ -371,7 +367,7 @@ class OrderedOutput {
     while (this.#reports[this.#written]) this.#write(this.#reports[this.#written++]!);
   }
 
-  /** Writes what an interruption has left without predecessors. */
+  /** Writes what an interruption or an error has left without predecessors. */
   finish(): void {
     for (const report of this.#reports.slice(this.#written)) if (report) this.#write(report);
     this.#written = this.#reports.length;

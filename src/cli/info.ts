@@ -1,15 +1,16 @@
 /** `info`: what Vulkan finds here, what fits and which kernels would run; where nothing would, why not. */
 import { readFileSync } from "node:fs";
-import { fileURLToPath } from "node:url";
 import { type Choice, chooseKernels, explainChoices } from "../kernels/index.ts";
 import { Benchmark } from "../model/benchmark.ts";
 import { type GPT2Config, PUBLISHED_SHAPES, readConfig } from "../model/config.ts";
 import { checkFits, kernelShape, largestContext, planMemory } from "../model/memory_plan.ts";
 import { chooseElem, inFlightOf } from "../model/run_settings.ts";
 import { formatBytes } from "../runtime/buffers.ts";
+import { DAWN_LOADS } from "../runtime/dawn.ts";
 import { type Capabilities, type Gpu, listAdapters } from "../runtime/device.ts";
 import { DoesNotFitError, LongformError } from "../runtime/errors.ts";
 import { adviceFor, describeSubgroups, type Elem } from "../runtime/kernel.ts";
+import { programFile } from "../runtime/program_files.ts";
 import { type ShaderCache, shaderCache } from "../runtime/shader_cache.ts";
 import { diagnose, type Finding } from "../runtime/vulkan_diagnosis.ts";
 import { inspectVulkan, type VulkanSetup } from "../runtime/vulkan_setup.ts";
@@ -110,7 +111,7 @@ const SHOWN_CONTEXTS = [1024, 16_384, 65_536] as const;
 
 /** Runs the command. @returns 0 when a run with the same flags would start; 3 without an adapter, else 1 */
 export async function runInfo(options: InfoOptions): Promise<number> {
-  const model = modelFolder(options);
+  const model = await modelFolder(options);
   const config = await readConfig(model);
   const { exitCode, ...report } = await collect(options, model, config);
   if (options.json) writeJson(report);
@@ -152,7 +153,8 @@ async function collect(
   } catch (error) {
     if (!(error instanceof LongformError)) throw error;
     const { message, hint = null, exitCode, cause } = error;
-    const findings = diagnose(setup, adapters, cause instanceof Error ? cause.message : undefined);
+    const reason = cause instanceof Error ? cause.message : undefined;
+    const findings = DAWN_LOADS ? diagnose(setup, adapters, reason) : []; // else Vulkan is not what keeps us
     const nothing = { dtype: null, largest_context: null, kernels: [], sizes: [], measured: null };
     const chosen = gpu?.caps ?? null;
     return {
@@ -172,8 +174,7 @@ async function collect(
 /** The version that package.json pins. */
 function webgpuVersion(): string | null {
   try {
-    const path = fileURLToPath(new URL("../../package.json", import.meta.url).href);
-    return JSON.parse(readFileSync(path, "utf8")).dependencies.webgpu;
+    return JSON.parse(readFileSync(programFile("package.json"), "utf8")).dependencies.webgpu;
   } catch {
     return null; // a program in one file
   }

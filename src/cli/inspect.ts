@@ -15,6 +15,7 @@ import {
   type WeightSource,
 } from "../model/weight_source.ts";
 import { ModelError } from "../runtime/errors.ts";
+import { modelFolder } from "./load.ts";
 import type { InspectOptions } from "./options.ts";
 import { writeJson, writeResult } from "./output.ts";
 
@@ -79,7 +80,7 @@ export async function inspectModel(dir: string, settings: InspectSettings = {}):
   try {
     const tensors = source ? [...source.tensors.values()] : [];
     const check = config && source ? checkCheckpoint(source, config) : undefined;
-    problems.push(...check?.problems.map((problem) => problem.message) ?? []);
+    for (const { message } of check?.problems ?? []) problems.push(message);
     if (source && settings.values !== false) {
       await checkValues(source, check ? [...check.tensors.values()] : tensors, problems, notes);
     }
@@ -179,7 +180,7 @@ export function formatInspect(report: InspectReport): string {
     const rows = report.tensors.map(({ name, dtype, shape, bytes }) =>
       [plainName(name), dtype, formatShape(shape), grouped(bytes)] as const
     );
-    lines.push(...alignColumns([["tensor", "dtype", "shape", "bytes"], ...rows]), "");
+    lines.push(alignColumns([["tensor", "dtype", "shape", "bytes"], ...rows]).join("\n"), "");
   }
   lines.push(...listing("ignored", report.ignored.map(plainName)), ...listing("note", report.notes));
   lines.push(...listing("problem", report.problems));
@@ -245,7 +246,7 @@ function sum<T>(items: readonly T[], value: (item: T) => number): number {
 
 /** Runs the command. @returns 0, or 1 when something would not load */
 export async function runInspect(options: InspectOptions): Promise<number> {
-  const report = await inspectModel(options.path);
+  const report = await inspectModel(await modelFolder({ model: options.path }));
   if (options.json) writeJson(report);
   else writeResult(formatInspect(report));
   return report.problems.length > 0 ? 1 : 0;

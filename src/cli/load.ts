@@ -1,14 +1,14 @@
 /** What commands share: the model folder, the device, the element type, the loaded model. */
 import { stat } from "node:fs/promises";
 import { join } from "node:path";
-import process from "node:process";
 import { explainChoices } from "../kernels/index.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import type { Sparsity } from "../kvcache/sparsity.ts";
 import type { GPT2Config } from "../model/config.ts";
 import { Gpt2, type Gpt2Options, tooManyPositions } from "../model/gpt2.ts";
+import { findModel } from "../model/hub.ts";
 import { kernelShape } from "../model/memory_plan.ts";
-import { DEFAULT_MODEL, openProfiler } from "../model/run_settings.ts";
+import { openProfiler } from "../model/run_settings.ts";
 import { positionLimit, type Positions } from "../model/positions.ts";
 import type { TextTokens } from "../model/token_source.ts";
 import type { WeightSource } from "../model/weight_source.ts";
@@ -22,8 +22,9 @@ import type { CommonOptions, RunOptions } from "./options.ts";
 import { type ProgressLine, writeNote } from "./output.ts";
 import { formatChoices, sparsityReport } from "./report.ts";
 
-export function modelFolder(options: Pick<CommonOptions, "model">): string {
-  return options.model ?? DEFAULT_MODEL;
+/** The folder that `--model` names, or that the cache has of a repository. @throws ModelError when there is none */
+export async function modelFolder(options: Pick<CommonOptions, "model">): Promise<string> {
+  return await findModel(options.model);
 }
 
 /** Whether a file is in the model's folder. */
@@ -143,18 +144,4 @@ export async function loadModel(
   }).finally(() => progress.clear());
   if (!options.quiet) noteSparsity(model);
   return { model, loadMs: performance.now() - loading, profiler };
-}
-
-/** Aborts on the first SIGINT and ends the process on the second, which does not wait for the work in flight. */
-export function abortOnInterrupt(onHardExit: () => void): { controller: AbortController; stop: () => void } {
-  const controller = new AbortController();
-  const interrupt = () => {
-    if (controller.signal.aborted) {
-      onHardExit();
-      process.exit(130);
-    }
-    controller.abort();
-  };
-  process.on("SIGINT", interrupt);
-  return { controller, stop: () => process.off("SIGINT", interrupt) };
 }

@@ -141,13 +141,20 @@ export interface InspectOptions extends CommonOptions {
   readonly path: string;
 }
 
+export interface PullOptions extends CommonOptions {
+  readonly command: "pull";
+  /** As it was typed: `REPO` or `REPO@REVISION`. */
+  readonly repo: string;
+}
+
 export type Options =
   | GenerateOptions
   | ScoreOptions
   | ClassifyOptions
   | BenchOptions
   | InfoOptions
-  | InspectOptions;
+  | InspectOptions
+  | PullOptions;
 
 export const BENCH_PHASES = ["prefill", "decode", "attention", "gemm"] as const;
 export type BenchPhase = typeof BENCH_PHASES[number];
@@ -158,9 +165,11 @@ const LEAST_BENCH_CONTEXT = 16;
 
 type Convert = (text: string, flag: string) => unknown;
 
-interface OptionSpec {
+export interface OptionSpec {
   readonly flags: string;
   readonly description: string;
+  /** A command line that uses it, for the manual and for who gets its value wrong. */
+  readonly example: string;
   /** Absent for switches. */
   readonly convert?: Convert;
   readonly repeatable?: boolean;
@@ -276,32 +285,54 @@ const roleAndKernel: Convert = (value, flag) => {
   return [match[1]!.trim(), match[2]!.trim()];
 };
 
-const COMMON: readonly OptionSpec[] = [
+/** What every command takes. */
+export const COMMON: readonly OptionSpec[] = [
   {
-    flags: "-m, --model <dir>",
+    flags: "-m, --model <dir|repo>",
     description:
-      "Folder with config.json, tokenizer.json and model.safetensors (default: weights/classics-16k)",
+      "Folder with config.json, tokenizer.json and model.safetensors, or what `pull` has downloaded of a " +
+      "repository (default: weights/classics-16k)",
+    example: 'longform generate -m weights/classics-16k "It was a dark night"',
     convert: text,
   },
   {
     flags: "--dtype <type>",
     description: "Storage of weights, activations and cache: auto, f16 or f32 (default: auto)",
+    example: "longform score book.txt --dtype f32",
     convert: oneOf("auto", "f16", "f32"),
   },
   {
     flags: "--adapter <name|index>",
     description: "The adapter to run on, as `info` lists them",
+    example: "longform info --adapter 1",
     convert: text,
   },
-  { flags: "--fallback-adapter", description: "Run on the CPU even where there is a GPU" },
-  { flags: "--json", description: "Print one JSON document on stdout" },
-  { flags: "-q, --quiet", description: "No progress, timings or notices on stderr" },
-  { flags: "-v, --verbose", description: "Say which device and kernels run, and show stack traces" },
+  {
+    flags: "--fallback-adapter",
+    description: "Run on the CPU even where there is a GPU",
+    example: "longform score book.txt --fallback-adapter",
+  },
+  {
+    flags: "--json",
+    description: "Print one JSON document on stdout",
+    example: "longform score book.txt --json > book.json",
+  },
+  {
+    flags: "-q, --quiet",
+    description: "No progress, timings or notices on stderr",
+    example: 'longform generate -q "Once upon a time" > story.txt',
+  },
+  {
+    flags: "-v, --verbose",
+    description: "Say which device and kernels run, and show stack traces",
+    example: 'longform generate -v "Once upon a time" -n 1',
+  },
 ];
 
 const KERNEL: OptionSpec = {
   flags: "--kernel <role=kernel>",
   description: "Run this kernel for a role, as `info` lists them; may be given several times",
+  example: "longform generate -f book.txt --kernel attention=flash_attention/tiled",
   convert: roleAndKernel,
   repeatable: true,
 };
@@ -310,11 +341,13 @@ const PROFILE: OptionSpec = {
   flags: "--profile",
   description:
     "Say on stderr, or with --json, where time and memory went: by kernel, on the host, in loading",
+  example: "longform generate -f book.txt -n 100 --profile",
 };
 
 const TRACE: OptionSpec = {
   flags: "--trace <path>",
   description: "Write a Chrome trace of the run, for ui.perfetto.dev, chrome://tracing or speedscope",
+  example: "longform generate -f book.txt -n 100 --trace trace.json",
   convert: text,
 };
 
@@ -323,21 +356,25 @@ const RUN: readonly OptionSpec[] = [
   {
     flags: "--ids <path>",
     description: "Read a JSON array of token ids in place of text, - for stdin",
+    example: "longform generate --ids prompt.json -n 20",
     convert: text,
   },
   {
     flags: "-c, --context <n>",
     description: "Tokens to plan memory for (default: what the text needs)",
+    example: "longform generate -f book.txt --context 16k -n 500",
     convert: tokens,
   },
   {
     flags: "--positions <mode>",
     description: "Beyond the model's positions: exact (an error), interpolate or repeat (default: exact)",
+    example: "longform score book.txt --positions interpolate --window 32k",
     convert: oneOf("exact", "interpolate", "repeat"),
   },
   {
     flags: "--sparsity <pattern>",
     description: `Block-sparse attention: ${PATTERN_GRAMMAR} (default: dense)`,
+    example: "longform generate -f book.txt --sparsity sink:64+local:4096",
     convert: pattern,
   },
   PROFILE,
@@ -345,21 +382,28 @@ const RUN: readonly OptionSpec[] = [
   KERNEL,
 ];
 
-const COMMANDS = {
+export const COMMANDS = {
   generate: {
     usage: "generate [prompt]",
     description: "Continue a text",
     positional: { name: "prompt", least: 0, most: 1 },
     options: [
-      { flags: "-f, --file <path>", description: "Read the prompt from a UTF-8 file", convert: text },
+      {
+        flags: "-f, --file <path>",
+        description: "Read the prompt from a UTF-8 file",
+        example: "longform generate -f chapter.txt -n 200",
+        convert: text,
+      },
       {
         flags: "--prompts <path>",
         description: "Read many prompts, one a line or JSONL with a prompt and an id, and write JSONL",
+        example: "longform generate --prompts prompts.jsonl -n 100 > continued.jsonl",
         convert: text,
       },
       {
         flags: "--batch <n>",
         description: "With --prompts: prompts to decode together, 1 to 256 (default: 32, on a CPU 4)",
+        example: "longform generate --prompts prompts.jsonl --batch 16",
         convert: number(
           (n) => Number.isSafeInteger(n) && n >= 1 && n <= MOST_BATCH,
           `a whole number from 1 to ${MOST_BATCH}`,
@@ -370,61 +414,76 @@ const COMMANDS = {
         flags: "--session <path>",
         description:
           "Restore the prompt's keys and values from this file, or save them there if there is none",
+        example: "longform generate -f book.txt --session book.session",
         convert: text,
       },
       {
         flags: "-n, --max-tokens <n>",
         description: "Tokens to generate at most (default: 128)",
+        example: 'longform generate "Call me" -n 500',
         convert: integer(0),
       },
       {
         flags: "--temperature <t>",
         description: "Spread of the sampling, 0 is greedy (default: 0.8)",
+        example: 'longform generate "The answer is" --temperature 0',
         convert: number((n) => Number.isFinite(n) && n >= 0, "a number from 0"),
       },
       {
         flags: "--top-k <n>",
         description: "Sample from the n likeliest tokens, 0 is all (default: 40)",
+        example: 'longform generate "Once upon a time" --top-k 100',
         convert: integer(0),
       },
       {
         flags: "--top-p <p>",
         description: "Sample from the likeliest tokens that add up to p (default: 0.95)",
+        example: 'longform generate "Once upon a time" --top-p 0.9',
         convert: number((n) => n > 0 && n <= 1, "above 0 and at most 1"),
       },
       {
         flags: "--min-p <p>",
         description: "Drop tokens below p times the likeliest one (default: 0)",
+        example: 'longform generate "Once upon a time" --min-p 0.05 --top-k 0 --top-p 1',
         convert: number((n) => n >= 0 && n <= 1, "from 0 to 1"),
       },
       {
         flags: "--repeat-penalty <x>",
         description: "Make tokens that have occurred less likely, 1 is off (default: 1)",
+        example: 'longform generate "Once upon a time" --repeat-penalty 1.1',
         convert: number((n) => Number.isFinite(n) && n > 0, "a number above 0"),
       },
       {
         flags: "--seed <n>",
         description: "Same seed, same text (default: random, shown with the timings)",
+        example: 'longform generate "Once upon a time" --seed 7',
         convert: number((n) => Number.isSafeInteger(n), "a whole number"),
       },
       {
         flags: "--stop <text>",
         description: "End before this text; may be given several times",
+        example: 'longform generate -f play.txt --stop "Exit" --stop "Exeunt"',
         convert: (value, flag) => {
           if (value === "") throw new UsageError(`\`${flag}\` is empty: every text would end at once`);
           return value;
         },
         repeatable: true,
       },
-      { flags: "--ignore-eos", description: "Go on after the end-of-text token" },
+      {
+        flags: "--ignore-eos",
+        description: "Go on after the end-of-text token",
+        example: 'longform generate "The end" --ignore-eos -n 300',
+      },
       {
         flags: "--logprobs <k>",
         description: "With --json: log-probabilities of each token and of the k likeliest",
+        example: 'longform generate "The sky is" -n 1 --logprobs 5 --json',
         convert: integer(0),
       },
       {
         flags: "--in-flight <n>",
         description: "Tokens that the GPU may be at work on at a time, 1 to 64 (default: 12, on a CPU 2)",
+        example: 'longform generate "Once upon a time" --in-flight 4',
         convert: number((n) => Number.isSafeInteger(n) && n >= 1 && n <= 64, "a whole number from 1 to 64"),
       },
     ],
@@ -444,23 +503,31 @@ const COMMANDS = {
       {
         flags: "--window <n>",
         description: "Score windows of n tokens, each from position 0 (default: as long as the context)",
+        example: "longform score book.txt --window 1k",
         convert: tokens,
       },
       {
         flags: "-n, --max-tokens <n>",
         description: "Score only the first n tokens of each file (default: all)",
+        example: "longform score a.txt b.txt --max-tokens 16k",
         convert: tokens,
       },
-      { flags: "--token-nll", description: "With --json: the negative log-likelihood of each token" },
+      {
+        flags: "--token-nll",
+        description: "With --json: the negative log-likelihood of each token",
+        example: "longform score book.txt --token-nll --json > losses.json",
+      },
       {
         flags: "--compare <what>",
         description:
           "With --sparsity: how far from dense attention the predictions are; the one choice is dense",
+        example: "longform score book.txt --sparsity local:1k --compare dense",
         convert: oneOf("dense"),
       },
       {
         flags: "--logits <places>",
         description: "With --json: the logits after these tokens, such as 0,1023,4095",
+        example: "longform score book.txt --logits 0,1023 --json",
         convert: places,
       },
     ],
@@ -478,16 +545,19 @@ const COMMANDS = {
         flags: "--jsonl",
         description:
           'Read records {"id", "text"}, one a line, from stdin or the files, and write a line for each',
+        example: "longform classify --jsonl < documents.jsonl > labels.jsonl",
       },
       ...RUN,
       {
         flags: "-n, --max-tokens <list>",
         description: "Cut documents to n tokens; with several, such as 512,2k,8k, classify each by each",
+        example: "longform classify books/ --eval --max-tokens 512,2k,8k",
         convert: lengths,
       },
       {
         flags: "--labels <list>",
         description: "Choose among these texts, such as politics,sports (default: the checkpoint's classes)",
+        example: "longform classify books/ --labels adventure,romance,crime",
         convert: names,
       },
       {
@@ -495,52 +565,67 @@ const COMMANDS = {
         description: `With --labels: where {text} and {label} go (default: "${
           DEFAULT_TEMPLATE.replaceAll("\n", "\\n")
         }")`,
+        example:
+          "longform classify news.txt --labels sports,politics --template '{text}\\n\\nThis is about {label}'",
         convert: (value) => value.replaceAll("\\n", "\n"),
       },
       {
         flags: "--calibrate",
         description: "With --labels: subtract how likely each label is without the document",
+        example: "longform classify news.txt --labels sports,politics --calibrate",
       },
       {
         flags: "--pooling <how>",
         description: "What the head reads: the last token, or the mean of all (default: last)",
+        example: "longform classify books/ --pooling mean",
         convert: oneOf("last", "mean"),
       },
       {
         flags: "--window <n>",
         description:
           "Average the head over windows of n tokens, each from position 0: a baseline for long contexts",
+        example: "longform classify books/ --window 512",
         convert: tokens,
       },
       {
         flags: "--expected <field>",
         description:
           "Field of the records with the true label: adds accuracy, macro-F1 and a confusion matrix",
+        example: "longform classify --jsonl test.jsonl --expected genre > results.jsonl",
         convert: text,
       },
       {
         flags: "--eval",
         description: 'The same with the field "label", or for files with the folder that each lies in',
+        example: "longform classify books/ --eval",
       },
       {
         flags: "--out <path>",
         description: "Write the lines to this file, which survives a crash",
+        example: "longform classify --jsonl documents.jsonl --out labels.jsonl",
         convert: text,
       },
-      { flags: "--resume", description: "With --out: go on behind the results that the file has" },
+      {
+        flags: "--resume",
+        description: "With --out: go on behind the results that the file has",
+        example: "longform classify --jsonl documents.jsonl --out labels.jsonl --resume",
+      },
       {
         flags: "--shard <i/n>",
         description: "Take every nth document, from the ith; auto or auto/n asks SLURM or Kubernetes for i",
+        example: "longform classify books/ --shard 2/8 --out labels.2.jsonl",
         convert: (value) => parseShard(value),
       },
       {
         flags: "--batch <n>",
         description: "Documents that share a pass at most, which changes no result (default: as many as fit)",
+        example: "longform classify books/ --batch 4",
         convert: integer(1),
       },
       {
         flags: "--workers <n>",
         description: "Threads that encode texts, 0 to 64 (default: by the number of cores)",
+        example: "longform classify books/ --workers 2",
         convert: number((n) => Number.isSafeInteger(n) && n >= 0 && n <= 64, "a whole number from 0 to 64"),
       },
     ],
@@ -559,16 +644,19 @@ const COMMANDS = {
       {
         flags: "--phases <list>",
         description: `What to measure of ${BENCH_PHASES.join(", ")} (default: prefill,attention,gemm)`,
+        example: "longform bench --phases prefill,decode",
         convert: someOf(...BENCH_PHASES),
       },
       {
         flags: "--contexts <list>",
         description: "Lengths to measure at (default: 1k,4k,16k)",
+        example: "longform bench --contexts 1k,16k,64k --model-shape gpt2",
         convert: contexts,
       },
       {
         flags: "--attention <list>",
         description: "flash, sparse, or standard, which writes all scores to memory (default: flash)",
+        example: "longform bench --phases attention --attention flash,standard",
         convert: someOf(...BENCH_ATTENTION),
       },
       {
@@ -576,22 +664,26 @@ const COMMANDS = {
         description:
           "A pattern for prefill, decode and sparse attention; may be given several times (default: " +
           "dense, for sparse attention random blocks of some densities)",
+        example: "longform bench --phases prefill --sparsity local:1k --sparsity sink:64+local:1k",
         convert: pattern,
         repeatable: true,
       },
       {
         flags: "--model-shape <name>",
         description: `Sizes of ${Object.keys(PUBLISHED_SHAPES).join(", ")}, with random weights`,
+        example: "longform bench --model-shape gpt2-xl",
         convert: oneOf(...Object.keys(PUBLISHED_SHAPES)),
       },
       {
         flags: "--batch <list>",
         description: "Sequences to decode together, such as 1,8,32 (default: 1)",
+        example: "longform bench --phases decode --batch 1,8,32",
         convert: batches,
       },
       {
         flags: "--runs <n>",
         description: "Timed runs of each, after a warm-up (default: 5)",
+        example: "longform bench --runs 20",
         convert: integer(1),
       },
       PROFILE,
@@ -601,11 +693,13 @@ const COMMANDS = {
         description:
           "Write a page with plots, report.html, and report.json to a folder; measures more by default: " +
           "decode too, and attention of every kind",
+        example: "longform bench --model-shape gpt2 --report report",
         convert: text,
       },
       {
         flags: "--from <file>",
         description: "With --report: draw recorded results, and measure nothing; may be given several times",
+        example: "longform bench --report report --from bench/results/h100/gpt2.json",
         convert: text,
         repeatable: true,
       },
@@ -624,7 +718,11 @@ const COMMANDS = {
     description: "Show what Vulkan finds here, what fits, which kernels would run, and what is wrong",
     positional: { name: "argument", least: 0, most: 0 },
     options: [
-      { flags: "--measure", description: "Also measure how fast the device copies, computes and dispatches" },
+      {
+        flags: "--measure",
+        description: "Also measure how fast the device copies, computes and dispatches",
+        example: "longform info --measure",
+      },
       KERNEL,
     ],
     examples: ["longform info", "longform info --measure", "longform info --json --adapter 1"],
@@ -635,6 +733,17 @@ const COMMANDS = {
     positional: { name: "model", least: 1, most: 1 },
     options: [],
     examples: ["longform inspect weights/classics-16k"],
+  },
+  pull: {
+    usage: "pull <repo>",
+    description: "Download a model from the Hugging Face Hub: REPO or REPO@REVISION, resumed and checked",
+    positional: { name: "repo", least: 1, most: 1 },
+    options: [],
+    examples: [
+      "longform pull openai-community/gpt2",
+      "longform pull openai-community/gpt2@main --json",
+      'longform generate "It was the best of times" -m openai-community/gpt2',
+    ],
   },
 } as const satisfies Record<
   string,
@@ -653,7 +762,7 @@ type CommandName = keyof typeof COMMANDS;
 const PLACEHOLDER = "\0";
 
 /** Names of an option as they are typed: `-n`, `--max-tokens`. */
-function namesOf(spec: OptionSpec): string[] {
+export function namesOf(spec: OptionSpec): string[] {
   return spec.flags.replace(/<.*>/, "").split(",").map((name) => name.trim());
 }
 
@@ -722,6 +831,7 @@ function declare(cli: CAC, name: CommandName): Command {
 
 /** Parsed options, or undefined when help or the version was asked for and has been printed. */
 export function parseOptions(args: readonly string[]): Options | undefined {
+  if (args[0] === "help") return parseOptions([...args.slice(1), "--help"]);
   const cli = cac("longform");
   cli.help((sections) => {
     sections.splice(1, 0, { title: "Try", body: `  $ ${COMMANDS.generate.examples[0]}` });
@@ -819,8 +929,18 @@ function lookUp(
   const raw = cli.options[key];
   const given = raw === undefined ? [] : [raw].flat();
   if (!spec.convert) return given.filter(Boolean).length;
-  const converted = given.map((placeholder) => spec.convert!(shown(placeholder), flag));
+  const converted = given.map((placeholder) => convertValue(spec, shown(placeholder), flag));
   return spec.repeatable ? converted : converted.at(-1);
+}
+
+/** @throws UsageError with an example, unless the option's own hint says more */
+function convertValue(spec: OptionSpec, value: string, flag: string): unknown {
+  try {
+    return spec.convert!(value, flag);
+  } catch (error) {
+    if (!(error instanceof UsageError) || error.hint !== undefined) throw error;
+    throw new UsageError(error.message, { hint: `for example: ${spec.example}` });
+  }
 }
 
 function typed(name: CommandName, positionals: readonly string[], get: (flag: string) => unknown): Options {
@@ -840,6 +960,7 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
   }
   if (name === "bench") return typedBench(common, positionals, kernels(), get);
   if (name === "inspect") return { ...common, command: "inspect", path: positionals[0]! };
+  if (name === "pull") return { ...common, command: "pull", repo: positionals[0]! };
   const run: RunOptions = {
     ...common,
     ids: optional("--ids"),

@@ -3,6 +3,7 @@ import { writeSync } from "node:fs";
 import process from "node:process";
 import { OutputError } from "../runtime/errors.ts";
 import { ioReason } from "../runtime/io_error.ts";
+import { printableLines } from "../runtime/printable.ts";
 
 /** The reader of stdout has gone away: `| head` has seen enough. */
 export class ClosedPipe extends Error {}
@@ -28,7 +29,10 @@ export function writeResult(text: string): void {
     writeAll(1, text);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === "EPIPE") throw new ClosedPipe("stdout was closed");
-    throw new OutputError(`Cannot write to stdout: ${ioReason(error)}`, { cause: error });
+    throw new OutputError(`Cannot write to stdout: ${ioReason(error)}`, {
+      hint: "free some space there, or send it elsewhere",
+      cause: error,
+    });
   }
 }
 
@@ -67,9 +71,9 @@ function writeAside(text: string): void {
   }
 }
 
-/** Writes a line for the user. */
+/** Writes a line for the user, or several; what could do something to the terminal is escaped. */
 export function writeNote(text: string): void {
-  writeAside(text + "\n");
+  writeAside(printableLines(text) + "\n");
 }
 
 /** A line on stderr that is rewritten in place while long work runs; nothing unless stderr is a terminal. */

@@ -26,7 +26,6 @@ import { timed, type Timeline } from "../runtime/timeline.ts";
 import { openText, readIds } from "./input.ts";
 import { Instruments } from "./instruments.ts";
 import {
-  abortOnInterrupt,
   boundTokens,
   checkContext,
   choosePositions,
@@ -47,6 +46,7 @@ import {
 } from "./output.ts";
 import { formatProfile, type ProfileReport } from "./profile.ts";
 import { type Memory, memoryReport, type SparsityReport, sparsityReport, type Timings } from "./report.ts";
+import { abortOnSignal, interruptedExitCode } from "./signals.ts";
 
 interface BucketReport {
   /** Positions in the window, from and below. */
@@ -109,9 +109,9 @@ interface DocumentSource {
   sizeBound(): Promise<number>;
 }
 
-/** Runs the command. @returns the exit code: 0, or 130 when it was interrupted */
+/** Runs the command. @returns the exit code: 0, or a signal's when one has ended it */
 export async function runScore(options: ScoreOptions): Promise<number> {
-  const dir = modelFolder(options);
+  const dir = await modelFolder(options);
   const config = await readConfig(dir);
   checkContext(config, options);
   checkWindow(config, options);
@@ -253,7 +253,7 @@ async function scoreAll(
   const needs = { elem, context: Math.min(context, window), positions, sparsity, scoring: true, comparing };
   const { profiling } = instruments;
   const loaded = await loadModel(gpu, source, config, needs, options, progress, profiling);
-  const { controller, stop } = abortOnInterrupt(() => progress.clear());
+  const { controller, stop } = abortOnSignal(() => progress.clear());
   const output = options.json ? new JsonArray() : undefined;
   const scores: DocumentScore[] = [];
   /** What was watched of the run, which an interruption does not lose. */
@@ -295,16 +295,16 @@ async function scoreAll(
     if (controller.signal.aborted && error === controller.signal.reason) {
       output?.endEvenIfEmpty();
       await watched();
-      return 130;
+      return interruptedExitCode();
     }
     throw error;
   } finally {
     stop();
     progress.clear();
-    // What was scored before an error or an interruption is printed, and is a whole JSON document.
-    output?.end();
     loaded.profiler?.destroy();
     loaded.model.destroy();
+    // What was scored before an error or an interruption is printed, and is a whole JSON document.
+    output?.end();
   }
 }
 

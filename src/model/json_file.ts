@@ -1,14 +1,22 @@
 /** Reads the small JSON files of a model folder, with errors that say which file is at fault. */
 import { readFile, stat } from "node:fs/promises";
 import { ModelError } from "../runtime/errors.ts";
+import { quoteName } from "./weight_source.ts";
 
 export type JsonObject = Readonly<Record<string, unknown>>;
 
 /** Far above any real tokenizer.json (the largest are a few tens of MB); keeps a wrong file from filling memory. */
-const MAX_JSON_BYTES = 200_000_000;
+export const MAX_JSON_BYTES = 200_000_000;
 
 export function isJsonObject(value: unknown): value is JsonObject {
   return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** A parsed value as part of a message: a text in quotes and shortened, what holds others by its kind alone. */
+export function describeJson(value: unknown): string {
+  if (typeof value === "string") return quoteName(value);
+  if (Array.isArray(value)) return "an array";
+  return typeof value === "object" && value !== null ? "an object" : String(value);
 }
 
 /** The error code of a failed file operation ("ENOENT"), or "" for any other value. */

@@ -22,18 +22,12 @@ import { type GPT2Config, readConfig } from "./config.ts";
 import { defaultEncodingWorkers, type EncodedText, EncodingPool } from "./encoding_pool.ts";
 import { type FinishReason, generate } from "./generation.ts";
 import { Gpt2 } from "./gpt2.ts";
+import { findModel } from "./hub.ts";
 import { labelHead, noScoreHead, scoreHead } from "./label_head.ts";
 import type { ClassifyingPlan, Pooling } from "./memory_plan.ts";
 import { packedRows } from "./packing.ts";
 import type { PositionMode, Positions } from "./positions.ts";
-import {
-  chooseElem,
-  DEFAULT_MODEL,
-  type DType,
-  inFlightOf,
-  openProfiler,
-  openSparsity,
-} from "./run_settings.ts";
+import { chooseElem, type DType, inFlightOf, openProfiler, openSparsity } from "./run_settings.ts";
 import { openCheckpoint } from "./safetensors.ts";
 import type { SamplingOptions } from "./sampling.ts";
 import { meanNll, perplexity, scoreDocument } from "./scoring.ts";
@@ -45,7 +39,10 @@ import type { WeightSource } from "./weight_source.ts";
 export type Use = "generate" | "score" | "classify";
 
 export interface LoadOptions {
-  /** Folder with config.json, tokenizer.json and model.safetensors; the embedded model when left out. */
+  /**
+   * Folder with config.json, tokenizer.json and model.safetensors, or a repository that `longform pull` has downloaded,
+   * `ORG/NAME` or `ORG/NAME@REVISION`; the embedded model when left out.
+   */
   readonly model?: string | undefined;
   /** Storage of weights, activations and cache; `auto`, f16 on a GPU that has it, when left out. */
   readonly dtype?: DType | undefined;
@@ -208,7 +205,7 @@ export class Longform {
    * fits, UsageError for options that contradict each other
    */
   static async load(options: LoadOptions = {}): Promise<Longform> {
-    const dir = options.model ?? DEFAULT_MODEL;
+    const dir = await findModel(options.model);
     const uses = options.uses ?? ["generate", "score", "classify"];
     const heads = options.classifying?.heads ?? HEADS;
     const workers = options.encodingWorkers ?? defaultEncodingWorkers(availableParallelism());

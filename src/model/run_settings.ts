@@ -8,9 +8,10 @@ import type { Capabilities, Gpu } from "../runtime/device.ts";
 import { DeviceError, InputError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import { Profiler, type ProfilerOptions } from "../runtime/profiler.ts";
+import { programFile } from "../runtime/program_files.ts";
 
 /** The folder of the embedded model. */
-export const DEFAULT_MODEL = fileURLToPath(new URL("../../weights/classics-16k", import.meta.url).href);
+export const DEFAULT_MODEL = fileURLToPath(programFile("weights/classics-16k"));
 
 /** How a user names an element type. */
 export type DType = "auto" | "f16" | "f32";

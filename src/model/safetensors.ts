@@ -4,9 +4,11 @@
  * size of the file before anything is allocated, so a damaged or hostile file costs an error message and no memory.
  * @see https://github.com/huggingface/safetensors for the format; the limits here are those of its reference reader
  */
-import { type FileHandle, open, stat } from "node:fs/promises";
+import { stat } from "node:fs/promises";
 import { join } from "node:path";
 import { ModelError } from "../runtime/errors.ts";
+import { printable } from "../runtime/printable.ts";
+import { type FileVersion, openForReading, type ReadableFile } from "../runtime/program_files.ts";
 import {
   decodeUtf8,
   fileError,
@@ -18,7 +20,6 @@ import {
   requireFolder,
 } from "./json_file.ts";
 import {
-  elementCount,
   formatShape,
   quoteName,
   tensorForRead,
@@ -43,6 +44,7 @@ const DTYPE_BITS: ReadonlyMap<string, number> = new Map([
   ...["I64", "U64", "F64", "C64"].map((name) => [name, 64] as const),
 ]);
 
+const LEAVE_ALONE = "make sure nothing writes to the file, then try again";
 const DOWNLOAD_AGAIN = "the file is damaged or incomplete: download it again";
 const SAVE_AGAIN = "save the checkpoint again with a current version of the safetensors library";
 
@@ -62,8 +64,9 @@ export interface SafetensorsSource extends WeightSource {
 export async function openSafetensors(path: string): Promise<SafetensorsSource> {
   const file = await openRegularFile(path);
   try {
-    const { extents, metadata, dataStart } = await readHeader(file, path);
-    return safetensorsSource(file, path, extents, metadata, dataStart);
+    const version = await file.stat();
+    const { extents, metadata, dataStart } = await readHeader(file, path, version);
+    return safetensorsSource(file, path, version, extents, metadata, dataStart);
   } catch (error) {
     await file.close();
     throw error;
@@ -110,13 +113,13 @@ export function encodeSafetensorsHeader(
   return bytes;
 }
 
-async function openRegularFile(path: string): Promise<FileHandle> {
+async function openRegularFile(path: string): Promise<ReadableFile> {
   try {
     // Checked before opening: opening a pipe would wait for a writer.
     if (!(await stat(path)).isFile()) {
       throw new ModelError(`${path} is not a regular file`, { hint: "replace it with the safetensors file" });
     }
-    return await open(path, "r");
+    return await openForReading(path);
   } catch (error) {
     throw error instanceof ModelError ? error : fileError(path, error);
   }
@@ -133,8 +136,9 @@ async function exists(path: string): Promise<boolean> {
 }
 
 function safetensorsSource(
-  file: FileHandle,
+  file: ReadableFile,
   path: string,
+  version: FileVersion,
   extents: readonly Extent[],
   metadata: ReadonlyMap<string, string>,
   dataStart: number,
@@ -148,6 +152,7 @@ function safetensorsSource(
     async read(name, offset, into) {
       tensorForRead(source, name, offset, into.byteLength);
       await readFully(file, dataStart + places.get(name)! + offset, into, path, `tensor ${quoteName(name)}`);
+      await requireUnchanged(file, path, version);
     },
     async close() {
       if (closed) return;
@@ -160,7 +165,7 @@ function safetensorsSource(
 
 /** Fills `into` from `position`; `what` names the bytes when the file turns out to end before them. */
 async function readFully(
-  file: FileHandle,
+  file: ReadableFile,
   position: number,
   into: Uint8Array,
   path: string,
@@ -177,15 +182,21 @@ async function readFully(
     }
     if (bytesRead === 0) {
       throw new ModelError(`${path} ended while ${what} was read: it was changed or cut short`, {
-        hint: "make sure nothing writes to the file, then try again",
+        hint: LEAVE_ALONE,
       });
     }
     done += bytesRead;
   }
 }
 
-async function readHeader(file: FileHandle, path: string) {
-  const { size } = await file.stat();
+/** What is written to a file while it is read is otherwise noticed by nobody: some tensors would be the new ones. */
+async function requireUnchanged(file: ReadableFile, path: string, version: FileVersion): Promise<void> {
+  const { size, mtimeMs } = await file.stat();
+  if (size === version.size && mtimeMs === version.mtimeMs) return;
+  throw new ModelError(`${path} was changed while it was read`, { hint: LEAVE_ALONE });
+}
+
+async function readHeader(file: ReadableFile, path: string, { size }: FileVersion) {
   if (size < 8) {
     throw new ModelError(
       `${path} is not a safetensors file: it has ${size} bytes, the header length alone takes 8`,
@@ -222,7 +233,12 @@ async function readHeader(file: FileHandle, path: string) {
   }
   const where = `The header of ${path}`;
   const header = parseJsonObject(bytes, where, DOWNLOAD_AGAIN);
-  refuseRepeatedKeys(decodeUtf8(bytes, where, DOWNLOAD_AGAIN), Object.keys(header).length, path);
+  if (colons(decodeUtf8(bytes, where, DOWNLOAD_AGAIN)) !== keys(header)) {
+    // JSON.parse keeps the last of two equal keys, and which one a reader keeps must not matter.
+    throw new ModelError(`The header of ${path} lists a tensor, or what it says of one, more than once`, {
+      hint: DOWNLOAD_AGAIN,
+    });
+  }
   const extents = Object.entries(header).filter(([name]) => name !== "__metadata__")
     .map(([name, entry]) => parseEntry(name, entry, path));
   checkCoverage(extents, size - 8 - bytes.length, path);
@@ -263,13 +279,17 @@ function parseEntry(name: string, entry: unknown, path: string): Extent {
   }
   const [begin, end] = offsets as [number, number];
   if (begin > end) return refuse(`has data_offsets [${begin}, ${end}] that run backwards`);
-  const elements = elementCount(shape);
-  // Beyond 2^53 products lose precision, so an overflow is refused before it could look equal to something.
-  if (!Number.isSafeInteger(elements)) return refuse(`has the impossible shape ${describeShape(shape)}`);
+  let elements = 1;
+  for (const size of shape) {
+    elements *= size;
+    // Beyond 2^53 products lose precision, so an overflow is refused before it could look equal to something, and
+    // before a size of 0 behind it hides it.
+    if (!Number.isSafeInteger(elements)) return refuse(`has the impossible shape ${formatShape(shape)}`);
+  }
   const byteLength = (bits % 8 === 0) ? elements * (bits / 8) : (elements * bits) / 8;
   if (!Number.isInteger(byteLength)) return refuse(`has a ${dtype} shape that does not fill whole bytes`);
   if (byteLength !== end - begin) {
-    return refuse(`needs ${byteLength} bytes for ${dtype} ${describeShape(shape)}, but has ${end - begin}`);
+    return refuse(`needs ${byteLength} bytes for ${dtype} ${formatShape(shape)}, but has ${end - begin}`);
   }
   return { info: { name, dtype, shape, byteLength, file: path }, begin, end };
 }
@@ -313,42 +333,35 @@ function checkCoverage(extents: readonly Extent[], dataBytes: number, path: stri
   }
 }
 
-/**
- * JSON.parse keeps the last of two equal keys, and which one a reader keeps must not matter: counts the keys of the
- * outermost object in valid JSON text and refuses more than `distinct`.
- */
-function refuseRepeatedKeys(json: string, distinct: number, path: string): void {
-  let depth = 0;
-  let keys = 0;
+/** Colons outside of strings in valid JSON text: one for each key. */
+function colons(json: string): number {
+  let count = 0;
   for (let i = 0; i < json.length; i++) {
-    switch (json.charCodeAt(i)) {
-      case 0x22: // a string: skip to its closing quote
-        for (i++; json.charCodeAt(i) !== 0x22; i++) if (json.charCodeAt(i) === 0x5c) i++;
-        break;
-      case 0x3a: // ":"
-        if (depth === 1) keys++;
-        break;
-      case 0x5b: // "["
-      case 0x7b: // "{"
-        depth++;
-        break;
-      case 0x5d: // "]"
-      case 0x7d: // "}"
-        depth--;
-        break;
-    }
+    const code = json.charCodeAt(i);
+    if (code === 0x3a) count++;
+    if (code !== 0x22) continue;
+    // A string: skip to its closing quote.
+    for (i++; json.charCodeAt(i) !== 0x22; i++) if (json.charCodeAt(i) === 0x5c) i++;
   }
-  if (keys !== distinct) {
-    throw new ModelError(`The header of ${path} lists a tensor more than once`, { hint: DOWNLOAD_AGAIN });
+  return count;
+}
+
+/** Keys of a parsed value and of all values in it, however deep. */
+function keys(json: unknown): number {
+  let count = 0;
+  const rest = [json];
+  while (rest.length > 0) {
+    const value = rest.pop();
+    if (typeof value !== "object" || value === null) continue;
+    const values: unknown[] = Object.values(value);
+    if (!Array.isArray(value)) count += values.length;
+    for (const one of values) if (typeof one === "object") rest.push(one);
   }
+  return count;
 }
 
 function isSizeList(value: unknown): value is readonly number[] {
   return Array.isArray(value) && value.every((size) => Number.isSafeInteger(size) && size >= 0);
-}
-
-function describeShape(shape: readonly number[]): string {
-  return shape.length <= 8 ? formatShape(shape) : `with ${shape.length} dimensions`;
 }
 
 /** The weight_map of an index file: shard name to the tensors that must be in it. */
@@ -375,10 +388,20 @@ async function readIndex(index: string): Promise<Map<string, string[]>> {
   return shards;
 }
 
-/** A file of the folder itself: no separators of any platform, no drive, no control characters. */
+/**
+ * Names of the shards that an index names, all of them plain names of files beside it.
+ * @throws ModelError when the index cannot be read, or names anything else
+ */
+export async function shardNames(index: string): Promise<string[]> {
+  return [...(await readIndex(index)).keys()];
+}
+
+/** File systems take no longer names. */
+const MAX_FILE_NAME = 255;
+
+/** A file of the folder itself: no separators of any platform, no drive, nothing that a terminal would obey. */
 function isPlainFileName(name: string): boolean {
-  // deno-lint-ignore no-control-regex
-  return /^[^/\\:\u0000-\u001f]+\.safetensors$/.test(name);
+  return name.length <= MAX_FILE_NAME && name === printable(name) && /^[^/\\:]+\.safetensors$/.test(name);
 }
 
 async function openShards(dir: string, index: string): Promise<WeightSource> {

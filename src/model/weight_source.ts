@@ -1,4 +1,5 @@
 /** Where weights come from: a file, several shards, or arithmetic. Nothing here knows GPT-2 or a GPU. */
+import { printable } from "../runtime/printable.ts";
 
 /** The element types that longform can load. */
 export type StoredDType = "F32" | "F16" | "BF16";
@@ -32,8 +33,10 @@ export function elementCount(shape: readonly number[]): number {
   return shape.reduce((product, size) => product * size, 1);
 }
 
+/** As `[2, 3]`; of a shape with more sizes than any tensor has, the first ones. */
 export function formatShape(shape: readonly number[]): string {
-  return `[${shape.join(", ")}]`;
+  const rest = shape.length - MAX_SHOWN_SIZES;
+  return `[${shape.slice(0, MAX_SHOWN_SIZES).join(", ")}${rest > 0 ? ` and ${rest} more` : ""}]`;
 }
 
 /**
@@ -56,6 +59,8 @@ export function tensorForRead(
   return info;
 }
 
+/** Sizes of a shape that a message shows. */
+const MAX_SHOWN_SIZES = 8;
 /** Longest name shown in a message. */
 const MAX_SHOWN = 100;
 
@@ -65,8 +70,5 @@ const MAX_SHOWN = 100;
  */
 export function quoteName(name: string): string {
   const shown = name.length > MAX_SHOWN ? name.slice(0, MAX_SHOWN) + "…" : name;
-  return JSON.stringify(shown).replace(
-    /[\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
-    (char) => "\\u" + char.charCodeAt(0).toString(16).padStart(4, "0"),
-  );
+  return printable(JSON.stringify(shown));
 }

@@ -1,3 +1,5 @@
+import { printableMessage } from "./printable.ts";
+
 /**
  * Every failure a user can cause or meet is one of these classes: the message is one sentence that says what is
  * wrong and where, `hint` says what to do, `detail` is for whoever looks into it, and `exitCode` is the process status
@@ -11,9 +13,10 @@ export class LongformError extends Error {
   readonly detail: string | undefined;
 
   constructor(message: string, options: { hint?: string; detail?: string; cause?: unknown } = {}) {
-    super(message, options.cause === undefined ? undefined : { cause: options.cause });
+    // Both may name what a hostile file holds.
+    super(printableMessage(message), options.cause === undefined ? undefined : { cause: options.cause });
     this.name = new.target.name;
-    this.hint = options.hint;
+    this.hint = options.hint === undefined ? undefined : printableMessage(options.hint);
     this.detail = options.detail;
   }
 }
@@ -35,6 +38,9 @@ export class DoesNotFitError extends LongformError {
 
 /** A model folder, checkpoint, config or tokenizer that is missing, damaged or not GPT-2. */
 export class ModelError extends LongformError {}
+
+/** The Hugging Face Hub cannot be reached, refuses, or sends what it should not. */
+export class HubError extends LongformError {}
 
 /** A prompt or an input file that cannot be used. */
 export class InputError extends LongformError {}
