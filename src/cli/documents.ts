@@ -10,7 +10,8 @@ import process from "node:process";
 import { setImmediate } from "node:timers/promises";
 import { InputError, UsageError } from "../runtime/errors.ts";
 import { ioReason } from "../runtime/io_error.ts";
-import { openText } from "./input.ts";
+import { printable } from "../runtime/printable.ts";
+import { CutShort, openText } from "./input.ts";
 import { isInShard, type Shard } from "./shard.ts";
 
 /** Where a document stands in its collection, and what to call it. */
@@ -233,7 +234,7 @@ async function fileDocument(index: number, path: string, hasExpected: boolean): 
   const named: Named = { index, id: path, file: path };
   try {
     const text = await readDocument(path);
-    if (text === "") return { ...named, error: `${nameOf(path)} is empty` };
+    if (text === "") return { ...named, error: printable(`${nameOf(path)} is empty`) };
     return hasExpected ? { ...named, text, expected: basename(dirname(resolve(path))) } : { ...named, text };
   } catch (error) {
     if (!(error instanceof InputError)) throw error;
@@ -429,17 +430,23 @@ async function* chunksOf(path: string): AsyncGenerator<Uint8Array> {
   try {
     yield* path === "-" ? process.stdin : fileChunks(path);
   } catch (error) {
-    throw cannotRead(path, error);
+    throw error instanceof CutShort
+      ? cannotRead(path, error, "make sure nothing writes to the file, then try again")
+      : cannotRead(path, error);
   }
 }
 
+/** The file up to its end, wherever that has moved meanwhile but back. @throws CutShort */
 async function* fileChunks(path: string): AsyncGenerator<Uint8Array> {
   const file = await open(path);
   try {
+    const { size } = await file.stat();
     const buffer = new Uint8Array(READ_BYTES);
-    for (;;) {
+    for (let done = 0;;) {
       const { bytesRead } = await file.read(buffer, 0, buffer.length, null);
+      if (bytesRead === 0 && done < size) throw new CutShort();
       if (bytesRead === 0) return;
+      done += bytesRead;
       yield buffer.subarray(0, bytesRead);
     }
   } finally {
@@ -535,7 +542,8 @@ function jsonDocument(
     return { index, id, ...content, expected: expectedOf(record, expectedField) };
   } catch (error) {
     if (!(error instanceof BadRecord)) throw error;
-    return { index, id, error: `${typeof place === "number" ? `line ${place}` : place} ${error.message}` };
+    const where = typeof place === "number" ? `line ${place}` : printable(place);
+    return { index, id, error: `${where} ${error.message}` };
   }
 }
 
@@ -551,7 +559,7 @@ function parseRecord(bytes: Uint8Array): JsonRecord {
     record = JSON.parse(text);
   } catch (error) {
     // The message can quote all of the line.
-    throw new BadRecord(`is not JSON: ${(error as Error).message.slice(0, MOST_QUOTED)}`);
+    throw new BadRecord(`is not JSON: ${printable((error as Error).message.slice(0, MOST_QUOTED))}`);
   }
   if (typeof record !== "object" || record === null || Array.isArray(record)) {
     throw new BadRecord("is not a JSON object");

@@ -65,11 +65,19 @@ async function openBytes(path: string): Promise<ByteInput> {
   }
 }
 
-/** The file up to the size it had; less if it has shrunk. */
+/** Bytes that a file had when it was opened are no longer there. */
+export class CutShort extends Error {
+  constructor() {
+    super("it was cut short while it was read");
+  }
+}
+
+/** The file up to the size it had. @throws CutShort */
 async function* chunksOf(file: FileHandle, byteLength = Infinity): AsyncGenerator<Uint8Array> {
   const buffer = new Uint8Array(READ_BYTES);
   for (let left = byteLength; left > 0;) {
     const { bytesRead } = await file.read(buffer, 0, Math.min(buffer.length, left), null);
+    if (bytesRead === 0 && left < Infinity) throw new CutShort();
     if (bytesRead === 0) return;
     left -= bytesRead;
     yield buffer.subarray(0, bytesRead);
@@ -231,26 +239,46 @@ async function* prepend(first: string, rest: AsyncIterator<string>): AsyncGenera
   yield* { [Symbol.asyncIterator]: () => rest };
 }
 
-/** Token ids from a JSON array in a file, or on standard input if `path` is `-`. */
-export async function readIds(path: string): Promise<number[]> {
+/** Bytes of an input that is held as one text, at most: half of the characters that a text can have everywhere. */
+const MOST_WHOLE_BYTES = 1 << 28;
+
+/** All of an input's text. @throws InputError when it cannot be read, is not UTF-8 or has over 256 MiB */
+export async function readWhole(path: string): Promise<{ readonly name: string; readonly text: string }> {
   const input = await openText(path);
-  const texts: string[] = [];
+  const { name } = input;
+  const requireRoom = (bytes: number) => {
+    if (bytes > MOST_WHOLE_BYTES) {
+      throw new InputError(`${name} is longer than 256 MiB`, { hint: "divide it" });
+    }
+  };
   try {
-    for await (const piece of input.pieces) texts.push(piece);
+    requireRoom(input.byteLength ?? 0);
+    const pieces: string[] = [];
+    let bytes = 0;
+    for await (const piece of input.pieces) {
+      requireRoom(bytes += Buffer.byteLength(piece));
+      pieces.push(piece);
+    }
+    return { name, text: pieces.join("") };
   } finally {
     await input.close();
   }
+}
+
+/** Token ids from a JSON array in a file, or on standard input if `path` is `-`. */
+export async function readIds(path: string): Promise<number[]> {
+  const { name, text } = await readWhole(path);
   let value: unknown;
   try {
-    value = JSON.parse(texts.join(""));
+    value = JSON.parse(text);
   } catch (error) {
-    throw new InputError(`${input.name} is not JSON: ${(error as Error).message}`);
+    throw new InputError(`${name} is not JSON: ${(error as Error).message}`, { hint: IDS_HINT });
   }
   if (!Array.isArray(value) || !value.every((id) => Number.isInteger(id) && id >= 0 && id < 2 ** 32)) {
-    throw new InputError(`${input.name} is not a JSON array of token ids`, {
-      hint: "it should look like [464, 2068, 7586]",
-    });
+    throw new InputError(`${name} is not a JSON array of token ids`, { hint: IDS_HINT });
   }
-  if (value.length === 0) throw new InputError(`The prompt is empty: ${input.name} holds no token ids`);
+  if (value.length === 0) throw new InputError(`The prompt is empty: ${name} holds no token ids`);
   return value;
 }
+
+const IDS_HINT = "it should look like [464, 2068, 7586]";

@@ -248,8 +248,11 @@ export class KvCache {
   async *read(layer: number, which: "k" | "v", tokens: number): AsyncGenerator<Uint8Array<ArrayBuffer>> {
     const total = this.heads * tokens * headRowBytes(this.#layout.shape);
     const host = [0, 1].map(() => new Uint8Array(Math.min(SLICE_BYTES, total)));
-    const readbacks = host.map((bytes) => new Readback(this.#gpu, "keys and values", bytes.length));
+    const readbacks: Readback[] = [];
     try {
+      for (const { length } of host) {
+        readbacks.push(await Readback.allocate(this.#gpu, "keys and values", length));
+      }
       let pending: { turn: number; bytes: number } | undefined;
       for (let first = 0, turn = 0; first < total; first += SLICE_BYTES, turn = 1 - turn) {
         const bytes = Math.min(SLICE_BYTES, total - first);

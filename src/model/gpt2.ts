@@ -23,7 +23,7 @@ import { DENSE, hasLists, keptByTopk, type Sparsity, TOPK_LEAST_BLOCKS } from ".
 import { allocate, type GpuBuffer, OutOfMemoryError, Readback, upload } from "../runtime/buffers.ts";
 import type { Gpu } from "../runtime/device.ts";
 import { DoesNotFitError, InputError } from "../runtime/errors.ts";
-import { createParameters, type Elem } from "../runtime/kernel.ts";
+import { allocateParameters, type Elem } from "../runtime/kernel.ts";
 import { type Dispatcher, DispatchList, Recorder, type Tap } from "../runtime/pass.ts";
 import type { Profiler } from "../runtime/profiler.ts";
 import { timed, type Timeline } from "../runtime/timeline.ts";
@@ -251,19 +251,22 @@ export class Gpt2 {
       const comparison = plan.comparison && await allocateAll(plan.comparison);
       const decodingBuffers = plan.decoding && await allocateAll(plan.decoding);
       const classifyingBuffers = plan.classifying && await allocateAll(plan.classifying);
-      const readbacks = (count: number, label: string, bytes: number) =>
-        Array.from({ length: count }, () => {
-          const made = new Readback(gpu, label, bytes);
-          owned.push(made);
-          return made;
-        });
-      const logitsReadback = readbacks(1, "logits", 4 * config.vocabSize)[0]!;
-      const nllReadbacks = readbacks(
+      const readbacks = async (count: number, label: string, bytes: number) => {
+        const made: Readback[] = [];
+        while (made.length < count) {
+          const readback = await Readback.allocate(gpu, label, bytes);
+          owned.push(readback);
+          made.push(readback);
+        }
+        return made;
+      };
+      const logitsReadback = (await readbacks(1, "logits", 4 * config.vocabSize))[0]!;
+      const nllReadbacks = await readbacks(
         options.scoring ? 2 : 0,
         "negative log-likelihoods",
         4 * plan.chunkTokens,
       );
-      const divergenceReadbacks = readbacks(
+      const divergenceReadbacks = await readbacks(
         options.comparing ? 2 : 0,
         "divergences",
         DIVERGENCE_BYTES * plan.chunkTokens,
@@ -273,23 +276,24 @@ export class Gpt2 {
         const positions = options.positions ?? exactPositions(config.nPositions);
         upload(decodingBuffers.places, packPositions(positions, plan.context));
         const step = stepResultBytes(decoding);
+        const parameters = await allocateParameters(gpu, decodeParametersBytes(config, sparsity));
+        owned.push(parameters);
         decodingParts = {
           plan: decoding,
           buffers: decodingBuffers,
-          parameters: createParameters(gpu, decodeParametersBytes(config, sparsity)),
-          readbacks: readbacks(
+          parameters,
+          readbacks: await readbacks(
             decoding.inFlight,
             "drawn tokens",
             STEPS_PER_SUBMISSION * (step.results + step.logprobs),
           ),
         };
-        owned.push(decodingParts.parameters);
       }
       const { classifying } = options;
       const classifyingParts = classifying && classifyingBuffers && {
         plan: classifying,
         buffers: classifyingBuffers,
-        readbacks: readbacks(classifying.inFlight, "a pack", packResultBytes(classifying)),
+        readbacks: await readbacks(classifying.inFlight, "a pack", packResultBytes(classifying)),
       };
       endAllocation?.();
       const classes = classifying?.classes;
@@ -317,8 +321,8 @@ export class Gpt2 {
     } catch (error) {
       for (const part of owned) part.destroy();
       if (!(error instanceof OutOfMemoryError)) throw error;
-      // What this process could allocate is the only measure of the memory that WebGPU gives.
-      const limits = { ...gpu.caps, memoryBytes: error.allocatedBytes };
+      // What this process could allocate is the only measure of the memory that WebGPU gives; this run was too large for it.
+      const limits = { ...gpu.caps, memoryBytes: Math.min(error.allocatedBytes, plan.totalBytes - 1) };
       throw new DoesNotFitError(error.message, {
         hint: `${contextHint(config, planOptions, limits)}; other programs may be using the GPU`,
         cause: error,

@@ -122,12 +122,26 @@ const TOO_LARGE_HINTS: Readonly<Record<Purpose, string>> = {
 };
 
 /**
- * Creates a storage buffer that a kernel can bind whole.
+ * Creates a storage buffer that a kernel can bind whole. That the memory is used up is an OutOfMemoryError of the waits for
+ * the GPU that follow.
  * @throws DoesNotFitError when it is larger than the device can allocate or bind
  */
 export function createBuffer(gpu: Gpu, label: string, purpose: Purpose, byteLength: number): GpuBuffer {
   requireBindable(gpu, label, purpose, byteLength);
-  return new GpuBuffer(gpu, label, purpose, byteLength, storageUsage());
+  return createUnbound(gpu, label, purpose, byteLength, storageUsage());
+}
+
+/** The same for a buffer that no kernel binds. */
+export function createUnbound(
+  gpu: Gpu,
+  label: string,
+  purpose: Purpose,
+  byteLength: number,
+  usage: GPUBufferUsageFlags,
+): GpuBuffer {
+  const { buffer, allocation } = beginAllocation(gpu, label, purpose, byteLength, usage);
+  gpu.expectMemory(allocation);
+  return buffer;
 }
 
 /**
@@ -155,12 +169,32 @@ export async function allocateUnbound(
   byteLength: number,
   usage: GPUBufferUsageFlags,
 ): Promise<GpuBuffer> {
+  const { buffer, allocation } = beginAllocation(gpu, label, purpose, byteLength, usage);
+  try {
+    const error = await gpu.wait(allocation);
+    if (error) throw error;
+    return buffer;
+  } catch (error) {
+    buffer.destroy();
+    throw error;
+  }
+}
+
+/** A buffer, and what becomes known later: whether there is memory for it. */
+function beginAllocation(
+  gpu: Gpu,
+  label: string,
+  purpose: Purpose,
+  byteLength: number,
+  usage: GPUBufferUsageFlags,
+): { readonly buffer: GpuBuffer; readonly allocation: Promise<OutOfMemoryError | undefined> } {
+  const allocatedBytes = gpu.memory.totalBytes;
   gpu.device.pushErrorScope("out-of-memory");
   const buffer = new GpuBuffer(gpu, label, purpose, byteLength, usage);
-  const error = await gpu.wait(gpu.device.popErrorScope());
-  if (!error) return buffer;
-  buffer.destroy();
-  throw new OutOfMemoryError(label, byteLength, gpu.memory.totalBytes);
+  const allocation = gpu.device.popErrorScope().then((error) =>
+    error ? new OutOfMemoryError(label, byteLength, allocatedBytes) : undefined
+  );
+  return { buffer, allocation };
 }
 
 function storageUsage(): GPUBufferUsageFlags {
@@ -192,10 +226,22 @@ export class Readback {
   readonly #buffer: GpuBuffer;
   readonly #byteLength: number;
 
-  constructor(gpu: Gpu, label: string, byteLength: number) {
+  /** As `createBuffer`, unless a buffer is given that is there. */
+  constructor(
+    gpu: Gpu,
+    label: string,
+    byteLength: number,
+    buffer = createUnbound(gpu, readbackLabel(label), "staging", byteLength, readbackUsage()),
+  ) {
     this.#byteLength = byteLength;
-    const usage = GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
-    this.#buffer = new GpuBuffer(gpu, `readback of ${label}`, "staging", byteLength, usage);
+    this.#buffer = buffer;
+  }
+
+  /** @throws OutOfMemoryError when the memory is used up */
+  static async allocate(gpu: Gpu, label: string, byteLength: number): Promise<Readback> {
+    const named = readbackLabel(label);
+    const buffer = await allocateUnbound(gpu, named, "staging", byteLength, readbackUsage());
+    return new Readback(gpu, label, byteLength, buffer);
   }
 
   get handle(): GPUBuffer {
@@ -240,6 +286,14 @@ export class Readback {
   destroy(): void {
     this.#buffer.destroy();
   }
+}
+
+function readbackLabel(label: string): string {
+  return `readback of ${label}`;
+}
+
+function readbackUsage(): GPUBufferUsageFlags {
+  return GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
 }
 
 /** Reads a whole buffer, or `byteLength` bytes from `byteOffset` (multiples of 4), back to the host. */

@@ -2,11 +2,20 @@
  * The only importer of npm `webgpu` (Dawn). Everything Dawn-specific lives here: the instance flags with the reason
  * for each, and the pin that keeps the native instance alive.
  */
-import { create, globals } from "webgpu";
+import { NoAdapterError } from "./errors.ts";
+import { IS_EXECUTABLE } from "./program_files.ts";
+
+/** Dawn, or why it does not load: a fault of the machine, and nothing to what needs no GPU. */
+const dawn = await import("webgpu").catch((error: Error) => error);
+
+/** Whether an instance can be created at all. */
+export const DAWN_LOADS = !(dawn instanceof Error);
 
 // Bun has no WebGPU globals; Deno has its own, made for wgpu, and Dawn's objects fail their checks.
-for (const [name, value] of Object.entries(globals)) {
-  Object.defineProperty(globalThis, name, { value, configurable: true, writable: true });
+if (!(dawn instanceof Error)) {
+  for (const [name, value] of Object.entries(dawn.globals)) {
+    Object.defineProperty(globalThis, name, { value, configurable: true, writable: true });
+  }
 }
 
 /** Features of Dawn that are off by default and that the kernels need. */
@@ -29,10 +38,11 @@ const DISABLED = [
 ];
 
 /**
- * Every instance ever created. When the object that `create()` returns is collected while a device lives, the next
- * garbage collection ends the process with a segmentation fault, so instances are kept until the process ends.
+ * The instances by their flags. When the object that `create()` returns is collected while a device lives, the next
+ * garbage collection ends the process with a segmentation fault, so instances are kept until the process ends. Each has
+ * threads, an open file and some MiB of the driver's: a process that opens device after device shares one.
  */
-const pinned: GPU[] = [];
+const instances = new Map<string, GPU>();
 
 /** How many waits for the GPU are under way, and until when the latest of them polls without a pause. */
 let waits = 0;
@@ -66,16 +76,29 @@ export interface InstanceOptions {
   readonly adapterName?: string;
 }
 
-/** Creates a Dawn instance with the project's features. */
+/**
+ * A Dawn instance with the project's features, the same for the same options.
+ * @throws NoAdapterError where Dawn's library does not load
+ */
 export function createInstance(options: InstanceOptions = {}): GPU {
+  if (dawn instanceof Error) {
+    throw new NoAdapterError(`Dawn, the WebGPU library, does not load: ${dawn.message.split("\n", 1)[0]}`, {
+      hint: IS_EXECUTABLE
+        ? "it is unpacked to /tmp, or where TMPDIR says: that has to be writable, mounted without `noexec` and to have " +
+          "22 MB free; remove a damaged `.bun-*.node` there; the system has to have libstdc++.so.6"
+        : "run `bun install` in longform's folder; the system has to have libstdc++.so.6",
+      cause: dawn,
+    });
+  }
   const flags = [
     `enable-dawn-features=${ENABLED.join(",")}`,
     `disable-dawn-features=${DISABLED.join(",")}`,
   ];
   if (options.backend) flags.push(`backend=${options.backend}`);
   if (options.adapterName) flags.push(`adapter=${options.adapterName}`);
-  const gpu = create(flags);
-  pinned.push(gpu);
+  const key = flags.join("\n");
+  let gpu = instances.get(key);
+  if (!gpu) instances.set(key, gpu = dawn.create(flags));
   return gpu;
 }
 

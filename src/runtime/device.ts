@@ -69,6 +69,8 @@ export class Gpu {
   #failure: LongformError | undefined;
   /** Rejects each wait that is under way. One promise for all of them would keep every result that it raced with. */
   readonly #waiting = new Set<(error: LongformError) => void>();
+  /** Allocations of which it is not known yet whether there is memory for them. */
+  readonly #allocating = new Set<Promise<void>>();
   #destroyed = false;
 
   constructor(device: GPUDevice, caps: Capabilities, timeline?: Timeline) {
@@ -77,11 +79,14 @@ export class Gpu {
     this.timeline = timeline;
     this.memory = new MemoryLedger(timeline);
     this.pipelines = new PipelineCache(this);
-    device.addEventListener("uncapturederror", (event) => {
+    const onError = (event: Event) => {
       event.preventDefault();
       this.#fail(describeError((event as GPUUncapturedErrorEvent).error));
-    });
+    };
+    device.addEventListener("uncapturederror", onError);
     device.lost.then((info) => {
+      // Dawn holds the listener and the listener all that is cached on the device: together they would never be collected.
+      device.removeEventListener("uncapturederror", onError);
       if (this.#destroyed) return;
       this.#fail(
         new DeviceError(`The GPU device was lost (${info.reason}): ${firstLine(info.message)}`, {
@@ -97,8 +102,27 @@ export class Gpu {
     for (const reject of this.#waiting) reject(this.#failure);
   }
 
-  /** Throws what went wrong on the device since it was opened, if anything did. */
+  /** For an allocation that nobody waits for: where it fails, its error is that of the waits that follow. */
+  expectMemory(allocation: Promise<LongformError | undefined>): void {
+    const ended = allocation.then((error) => {
+      if (!error) return;
+      // To use a buffer that there was no memory for is an error too, and not the one to tell.
+      if (!(this.#failure instanceof DoesNotFitError)) this.#failure = error;
+      this.#fail(error);
+    }, () => {}) // the device was lost, which is told anyway
+      .finally(() => this.#allocating.delete(ended));
+    this.#allocating.add(ended);
+  }
+
+  /**
+   * Throws what went wrong on the device since it was opened, if anything did; where that may follow from memory that there
+   * turns out not to be, the next wait does.
+   */
   check(): void {
+    if (this.#allocating.size === 0) this.#throwFailure();
+  }
+
+  #throwFailure(): void {
     if (this.#failure) throw this.#failure;
   }
 
@@ -106,19 +130,21 @@ export class Gpu {
   async wait<T>(work: Promise<T>): Promise<T> {
     // Work on a lost device rejects too; unhandled, that would end the process before the failure below is reported.
     work.catch(() => {});
-    this.check();
     let reject: (error: LongformError) => void = () => {};
     const failed = new Promise<never>((_, rejectFailed) => reject = rejectFailed);
+    failed.catch(() => {}); // it may come when the work has ended
     this.#waiting.add(reject);
     beginWait(this.caps.isSoftware ? 0 : EAGER_MS);
     try {
+      this.#throwFailure();
       const result = await Promise.race([work, failed]);
-      this.check();
+      this.#throwFailure();
       return result;
     } catch (error) {
       // A lost device also aborts the work itself; the loss is the cause worth reporting, and it may arrive a turn later.
       if (!(error instanceof LongformError)) await new Promise((resolve) => setTimeout(resolve, 0));
-      this.check();
+      await Promise.all(this.#allocating);
+      this.#throwFailure();
       throw error;
     } finally {
       this.#waiting.delete(reject);
@@ -213,7 +239,10 @@ async function chooseAdapter(options: DeviceOptions): Promise<GPUAdapter> {
   }
   if (options.adapter !== undefined) return await adapterByName(options.adapter);
   let cause: unknown;
-  const first = await createInstance().requestAdapter({
+  const instance = createInstance();
+  // Dawn looks for SwiftShader alone when a fallback adapter is the first that it is asked for; later, among all.
+  if (options.fallbackAdapter) await instance.requestAdapter().catch(() => null);
+  const first = await instance.requestAdapter({
     powerPreference: "high-performance",
     forceFallbackAdapter: options.fallbackAdapter === true,
   }).catch((error: unknown) => {

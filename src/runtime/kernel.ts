@@ -2,7 +2,7 @@
  * What a kernel is: WGSL text, its bindings and parameters, and pure functions from a variant (what changes the text)
  * and a problem (sizes known only at run time) to the header, the limits it needs and the grid.
  */
-import { GpuBuffer, upload } from "./buffers.ts";
+import { allocateUnbound, createUnbound, type GpuBuffer, upload } from "./buffers.ts";
 import type { Capabilities, Gpu } from "./device.ts";
 import { IMMEDIATE_BYTES } from "./device.ts";
 import { DoesNotFitError, ShaderError } from "./errors.ts";
@@ -293,10 +293,18 @@ export function parametersBytes(sets: number): number {
   return SLOT_BYTES * sets;
 }
 
-/** Creates a buffer for parameters. */
+/** Creates a buffer for parameters, as `createUnbound` does. */
 export function createParameters(gpu: Gpu, byteLength: number): GpuBuffer {
-  const usage = GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
-  return new GpuBuffer(gpu, "parameters", "staging", byteLength, usage);
+  return createUnbound(gpu, "parameters", "staging", byteLength, parametersUsage());
+}
+
+/** The same, but waits for the memory. @throws OutOfMemoryError when it is used up */
+export async function allocateParameters(gpu: Gpu, byteLength: number): Promise<GpuBuffer> {
+  return await allocateUnbound(gpu, "parameters", "staging", byteLength, parametersUsage());
+}
+
+function parametersUsage(): GPUBufferUsageFlags {
+  return GPUBufferUsage.UNIFORM | GPUBufferUsage.COPY_DST;
 }
 
 /** Where a set of parameters is. */
@@ -377,7 +385,8 @@ async function compile<V, P>(gpu: Gpu, kernel: Kernel<V, P>, v: V, id: number): 
   const moduleError = await gpu.wait(scope);
   if (moduleError) {
     const { messages } = await gpu.wait(module.getCompilationInfo());
-    throw new ShaderError(locateMessages(kernel, header, messages) || moduleError.message, { detail });
+    const problem = locateMessages(kernel, header, messages) || moduleError.message;
+    throw new ShaderError(`${problem} (in the kernel ${label})`, { detail });
   }
   try {
     return {

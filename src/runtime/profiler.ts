@@ -1,5 +1,5 @@
 /** GPU time by kernel, from timestamp queries around passes. */
-import { GpuBuffer } from "./buffers.ts";
+import { createUnbound, type GpuBuffer } from "./buffers.ts";
 import type { Gpu } from "./device.ts";
 import type { Work } from "./kernel.ts";
 
@@ -90,8 +90,8 @@ class QuerySlot {
     const size = 16 * CAPACITY;
     const resolveUsage = GPUBufferUsage.QUERY_RESOLVE | GPUBufferUsage.COPY_SRC;
     const readUsage = GPUBufferUsage.MAP_READ | GPUBufferUsage.COPY_DST;
-    this.#resolved = new GpuBuffer(gpu, "timestamps", "staging", size, resolveUsage);
-    this.#readback = new GpuBuffer(gpu, "readback of timestamps", "staging", size, readUsage);
+    this.#resolved = createUnbound(gpu, "timestamps", "staging", size, resolveUsage);
+    this.#readback = createUnbound(gpu, "readback of timestamps", "staging", size, readUsage);
   }
 
   span(dispatch: ProfiledDispatch, hasBegin: boolean): GPUComputePassTimestampWrites | undefined {

@@ -1,6 +1,7 @@
 /** Why Vulkan shows no adapter, or no GPU, and what to do: conclusions from what `inspectVulkan` found. */
 import { Host, type HostOptions } from "./host.ts";
 import { type GpuMaker, type HostGpu, hostGpus } from "./host_gpu.ts";
+import { IS_EXECUTABLE } from "./program_files.ts";
 import {
   inspectVulkan,
   LOADER_LIBRARY,
@@ -206,7 +207,7 @@ function noNvidiaGraphics(
     return {
       cause,
       message: `${intro} where the loader looks: its manifest is ${strayManifests[0]}`,
-      hint: `set VK_ADD_DRIVER_FILES=${strayManifests[0]}, as \`./longform\` does`,
+      hint: `set VK_ADD_DRIVER_FILES=${strayManifests[0]}` + (IS_EXECUTABLE ? "" : ", as `./longform` does"),
     };
   }
   if (driver?.problem?.includes(" it needs ")) return brokenDriver(driver)[0]!;
@@ -278,7 +279,8 @@ function oldMesa({ library, mesa, apiVersion }: VulkanDriver, distribution: read
     cause: "old-mesa",
     message:
       `the Mesa Vulkan driver is too old for WebGPU: ${library} is ${version}, 23.0 or later is needed`,
-    hint: `${installHint(distribution, ["software"])}; \`./longform\` prints all commands that it takes`,
+    hint: installHint(distribution, ["software"]) +
+      (IS_EXECUTABLE ? "" : "; `./longform` prints all commands that it takes"),
   };
 }
 
@@ -310,8 +312,8 @@ function unknown({ hidden }: VulkanSetup, driver: string, reason: string | undef
   };
 }
 
-/** What the launcher does where there is no loader or no driver at all. */
-const LAUNCHER_INSTALLS = "; on Debian and Ubuntu `./longform` does it when run as root";
+/** What the launcher does where there is no loader or no driver at all. An executable has none. */
+const LAUNCHER_INSTALLS = IS_EXECUTABLE ? "" : "; on Debian and Ubuntu `./longform` does it when run as root";
 
 /** What is installed: the Vulkan loader, or Mesa's driver for the CPU or a maker's GPUs. */
 type Part = "loader" | "software" | Exclude<GpuMaker, "NVIDIA">;

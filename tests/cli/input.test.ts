@@ -146,11 +146,15 @@ describe("openText", () => {
     }
   });
 
-  test("ends where a file ends that shrank, and at the size it had where it grew", async () => {
+  test("says that a file was cut short, and ends at the size it had where it grew", async () => {
     const path = written("x".repeat(600_000));
     const shrinking = await openText(path);
     truncateSync(path, 300_000);
-    expect((await textOf(shrinking)).length).toBe(300_000);
+    expect(await rejection(textOf(shrinking))).toMatchObject({
+      name: "InputError",
+      message: `Cannot read ${path}: it was cut short while it was read`,
+    });
+    await shrinking.close();
     const growing = await openText(path);
     appendFileSync(path, "é");
     expect((await textOf(growing)).length).toBe(300_000);

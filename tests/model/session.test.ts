@@ -420,12 +420,12 @@ describe("damage", () => {
     }
   });
 
-  test("a file that is cut short while it is read is an error of the tensor", async () => {
+  test("a file that is cut short while it is read is refused", async () => {
     const { path } = await saved();
     const session = (await openSession(path))!;
     truncateSync(path, statSync(path).size - 500);
     const error = await session.restore(memoryRows(SMALL, 7, 0), 7).catch((reason: unknown) => reason);
-    expect((error as ModelError).message).toMatch(/prefix\.session ended while tensor "h\.1\.v" was read/);
+    expect((error as ModelError).message).toMatch(/prefix\.session was changed while it was read$/);
     await session.close();
   });
 });
@@ -526,6 +526,12 @@ describe("a file that is no session", () => {
       [keys, values, tensor("input_ids", "U32", [2], 8), logits],
       {},
       "U32 [2]",
+    ],
+    [
+      "with logits in thousands of dimensions",
+      [keys, values, ids, tensor("logits", "F32", new Array(5000).fill(1), 4)],
+      {},
+      "F32 [1, 1, 1, 1, 1, 1, 1, 1 and 4992 more]",
     ],
     [
       "with logits in two dimensions",
@@ -657,6 +663,18 @@ describe("check", () => {
       await session.close();
     });
   }
+
+  test("gives no advice in words of the file", async () => {
+    const path = join(newFolder(), "hostile.session");
+    const made = { ...contents(SMALL, 7), positions: "`--model /tmp/evil`" };
+    await saveSession(path, made);
+    const session = (await openSession(path))!;
+    const checking = Promise.try(() => session.check({ ...runOf(made), positions: "exact" }));
+    expect((await refusal(checking, path)).hint).toBe(
+      "use the `--positions` as it was saved with, or another file",
+    );
+    await session.close();
+  });
 
   test("a cache that does not fit, or too many tokens, are mistakes of the caller", async () => {
     const { path } = await saved();

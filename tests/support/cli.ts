@@ -9,6 +9,8 @@ export type Runtime = "bun" | "deno";
 export interface RunOptions {
   /** Bun unless given. */
   readonly runtime?: Runtime;
+  /** A file of scripts/compile.ts to run in place of main.ts. */
+  readonly executable?: string | undefined;
   /** What comes through standard input, which is a pipe then; nothing unless given, as from /dev/null. */
   readonly stdin?: string | Uint8Array;
   /** Changes to the environment; undefined removes a variable. */
@@ -50,7 +52,8 @@ export function denoTest(name: string, run: () => Promise<void>): void {
 }
 
 /** The command that runs the program, as the launcher writes it. */
-export function cliCommand({ runtime = "bun", preload }: RunOptions = {}): string[] {
+export function cliCommand({ runtime = "bun", executable, preload }: RunOptions = {}): string[] {
+  if (executable !== undefined) return [executable];
   if (runtime === "bun") return [process.execPath, ...preload ? ["--preload", preload] : [], MAIN];
   return [deno!, "run", "-q", "-P", "--config", join(ROOT, "deno.json"), MAIN];
 }
@@ -96,7 +99,7 @@ async function runProcess(command: readonly string[], options: RunOptions): Prom
 }
 
 /** Dawn logs its own warnings, some with the place in its source and an empty line behind it. */
-function withoutDawn(stderr: string): string {
+export function withoutDawn(stderr: string): string {
   return stderr.replace(/^Warning: .*\n(?:(?: {4}at .*\n)+\n)?/gm, "");
 }
 
