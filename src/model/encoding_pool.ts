@@ -1,7 +1,7 @@
 /** Encodes many texts on threads of their own: the one that drives the GPU does not stop for them. */
-import { URL } from "node:url";
 import { Worker } from "node:worker_threads";
 import { InputError, LongformError, ModelError } from "../runtime/errors.ts";
+import { programFile } from "../runtime/program_files.ts";
 import { encodeUpTo, type FirstIds, type GPT2Tokenizer, loadTokenizer } from "./tokenizer.ts";
 
 export interface EncodedText extends FirstIds {
@@ -90,7 +90,7 @@ export class EncodingPool {
    */
   static async open(dir: string, workers: number): Promise<EncodingPool> {
     if (workers === 0) return new EncodingPool([], await loadTokenizer(dir));
-    const script = new URL("./encoding_worker.ts", import.meta.url);
+    const script = programFile("src/model/encoding_worker.ts");
     const threads = Array.from({ length: workers }, (): Thread => ({
       worker: new Worker(script, { workerData: dir }),
       jobs: [],
