@@ -8,7 +8,7 @@ import {
   type Spread,
 } from "./bench_result.ts";
 import { writeJson, writeNote, writeResult } from "./output.ts";
-import { figure, formatTable } from "./table.ts";
+import { figure, formatTable, shortName } from "./table.ts";
 
 /** A claim only where no run of one result is as fast as any of the other, and there are several of each. */
 export type Verdict = "faster" | "slower" | "same within spread" | "no spread";
@@ -63,7 +63,9 @@ export function compareResults(a: string, first: BenchReport, b: string, second:
       ...DIFFERING.map((field) => [field, first[field], second[field]]),
       ["dtype", typesOf(first), typesOf(second)],
     ].filter(([, one, other]) => one !== other)
-      .map(([field, one, other]) => `the ${field} differs: ${one} in ${a}, ${other} in ${b}`),
+      .map(([field, one, other]) =>
+        `the ${field} differs: ${shortName(one!)} in ${a}, ${shortName(other!)} in ${b}`
+      ),
     rows: first.rows.flatMap((row) => {
       const other = theirs.get(keyOf(row));
       return other ? [compareRows(row, other)] : [];
@@ -124,7 +126,7 @@ const HEADER = [
   "B is",
 ];
 
-function formatComparison({ a, b, rows, only_a: onlyA, only_b: onlyB }: Comparison): string {
+export function formatComparison({ a, b, rows, only_a: onlyA, only_b: onlyB }: Comparison): string {
   const cells = rows.map((row) => [
     ...wordsOf(row),
     figure(row.a_ms?.median ?? null),
@@ -150,5 +152,5 @@ function didNotRun({ a_ms: before, b_ms: after }: ComparedRow): string {
 }
 
 function wordsOf(row: NamedRow): string[] {
-  return [row.phase, nameOf(row), row.context.toLocaleString("en-US"), row.dtype];
+  return [row.phase, shortName(nameOf(row)), row.context.toLocaleString("en-US"), row.dtype];
 }

@@ -1,11 +1,12 @@
 /** What `bench` measures, as its JSON has it, and recorded results read back. */
 import { isPublishedShape, PUBLISHED_SHAPES, type PublishedShape } from "../model/config.ts";
-import { isJsonObject, type JsonObject, readJsonObject } from "../model/json_file.ts";
+import { describeJson, isJsonObject, type JsonObject, readJsonObject } from "../model/json_file.ts";
 import { InputError, ModelError } from "../runtime/errors.ts";
 import type { Elem } from "../runtime/kernel.ts";
 import type { ArithmeticUnit } from "../runtime/profiler.ts";
 import { BENCH_PHASES, type BenchPhase } from "./options.ts";
 import type { GpuProfile, KernelProfile, PeaksReport } from "./profile.ts";
+import { shortName } from "./table.ts";
 
 /** Milliseconds of a run; of one step for `decode`. */
 export interface Spread {
@@ -130,6 +131,9 @@ export function isSameDevice(a: string, b: string): boolean {
 
 const HINT = "give what `longform bench --json`, bench/peers/run.ts or bench/side_by_side.ts wrote";
 
+/** Of a list: some hundred times those of the longest benchmark. */
+const MOST_ENTRIES = 10_000;
+
 /** Typed fields of a parsed object. @throws InputError that names the field */
 class Fields {
   readonly object: JsonObject;
@@ -143,7 +147,7 @@ class Fields {
 
   #wrong(key: string, wanted: string): InputError {
     const value = this.object[key];
-    const found = value === undefined ? "missing" : JSON.stringify(value).slice(0, 60);
+    const found = value === undefined ? "missing" : describeJson(value);
     return new InputError(`${this.where}: \`${key}\` is ${found}, wanted ${wanted}`, { hint: HINT });
   }
 
@@ -189,6 +193,14 @@ class Fields {
   list(key: string): Fields[] {
     const value = this.object[key];
     if (!Array.isArray(value)) throw this.#wrong(key, "a list");
+    if (value.length > MOST_ENTRIES) {
+      throw new InputError(
+        `${this.where}: \`${key}\` has ${value.length} entries, at most ${MOST_ENTRIES} are read`,
+        {
+          hint: HINT,
+        },
+      );
+    }
     return value.map((one, i) => new Fields(one, `${this.where}: \`${key}[${i}]\``));
   }
 
@@ -411,7 +423,8 @@ export async function mergeBenchResults(paths: readonly string[]): Promise<Bench
     for (const field of SAME) {
       if (result[field] === first[field]) continue;
       throw new InputError(
-        `The results differ in their ${field}: ${first[field]} in ${paths[0]}, ${result[field]} in ${path}`,
+        `The results differ in their ${field}: ${shortName(first[field])} in ${paths[0]}, ` +
+          `${shortName(result[field])} in ${path}`,
         { hint: "draw each in a report of its own, or use `longform bench compare`" },
       );
     }

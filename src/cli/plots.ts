@@ -35,9 +35,17 @@ export async function loadPlots(): Promise<Draw> {
     });
   });
   return async (spec) => {
-    // The package's type spells out every property that there is; specifications here are plain JSON.
-    const { spec: compiled } = vegaLite.compile(spec as unknown as Parameters<typeof vegaLite.compile>[0]);
-    return await new vega.View(vega.parse(compiled), { renderer: "none" }).toSVG();
+    try {
+      // The package's type spells out every property that there is; specifications here are plain JSON.
+      const { spec: compiled } = vegaLite.compile(spec as unknown as Parameters<typeof vegaLite.compile>[0]);
+      return await new vega.View(vega.parse(compiled), { renderer: "none" }).toSVG();
+    } catch (error) {
+      // A recorded result may call something "constructor", which Vega takes for a property of every object.
+      throw new LongformError("Vega cannot draw these results", {
+        hint: "look for unusual names and numbers in them, or use `longform bench compare`",
+        cause: error,
+      });
+    }
   };
 }
 

@@ -13,10 +13,12 @@ import {
   writeSync,
 } from "node:fs";
 import { dirname } from "node:path";
+import { describeJson } from "../model/json_file.ts";
 import { InputError, OutputError } from "../runtime/errors.ts";
 import { ioReason } from "../runtime/io_error.ts";
 import { LineSplitter } from "./documents.ts";
 import { writeResult } from "./output.ts";
+import { shortName } from "./table.ts";
 
 /** Where results go, one line each. */
 export interface ResultSink {
@@ -125,8 +127,8 @@ export class ResultFile implements ResultSink {
     const line = ++this.#skipped;
     if (found.value === id) return;
     throw new InputError(
-      `${this.#path}:${line} is the result of ${JSON.stringify(found.value)}, ` +
-        `document ${line} of the input is ${JSON.stringify(id)}`,
+      `${this.#path}:${line} is the result of ${describeJson(found.value)}, ` +
+        `document ${line} of the input is ${describeJson(id)}`,
       { hint: "resume with the input and the shard that it was begun with, or name another file" },
     );
   }
@@ -287,7 +289,7 @@ function requireLabels({ logits }: Result, labels: ReadonlySet<string>, path: st
 }
 
 function listed(labels: readonly string[]): string {
-  const named = labels.slice(0, MOST_NAMED).join(", ");
+  const named = labels.slice(0, MOST_NAMED).map(shortName).join(", ");
   return labels.length > MOST_NAMED ? `${named} and ${labels.length - MOST_NAMED} more` : named;
 }
 

@@ -1,4 +1,14 @@
 /** Text tables and figures of reports. */
+import { printable } from "../runtime/printable.ts";
+
+/** Characters of a cell, at most: every row is as wide as the widest. */
+const MOST_CELL = 100;
+
+/** What a recorded result or a folder calls something, as a cell or a line has room for it. */
+export function shortName(name: string): string {
+  const shown = printable(name);
+  return shown.length > MOST_CELL ? `${shown.slice(0, MOST_CELL - 1)}…` : shown;
+}
 
 /** Columns padded to their widest cell, numbers to the right. @param leftColumns places of columns of words */
 export function formatTable(
@@ -6,11 +16,12 @@ export function formatTable(
   rows: readonly (readonly string[])[],
   leftColumns: readonly number[],
 ): string {
-  const widths = header.map((title, i) => Math.max(title.length, ...rows.map((row) => row[i]?.length ?? 0)));
+  const cells = [header, ...rows].map((row) => row.map(shortName));
+  const widths = header.map((_, i) => cells.reduce((width, row) => Math.max(width, row[i]?.length ?? 0), 0));
   const line = (row: readonly string[]) =>
     row.map((cell, i) => leftColumns.includes(i) ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))
       .join("  ").trimEnd();
-  return [header, ...rows].map(line).join("\n");
+  return cells.map(line).join("\n");
 }
 
 /** Four digits, without an exponent. */

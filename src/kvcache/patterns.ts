@@ -11,6 +11,7 @@ import { LEAST_KEPT } from "../kernels/block_selection/block_selection.ts";
 import { KV_BLOCK } from "../kernels/shared/shared.ts";
 import { InputError, type LongformError, UsageError } from "../runtime/errors.ts";
 import { fmix32 } from "../runtime/fmix32.ts";
+import { printable } from "../runtime/printable.ts";
 
 /** The patterns as they are written, for hints and help. */
 export const PATTERN_GRAMMAR =
@@ -563,11 +564,6 @@ function describe(value: unknown): string {
   if (typeof value === "object" && value !== null) return "an object";
   if (typeof value !== "string") return String(value);
   return printable(JSON.stringify(value.slice(0, MAX_SHOWN))) + (value.length > MAX_SHOWN ? "…" : "");
-}
-
-/** Without what a file could use to write to the terminal. */
-function printable(text: string): string {
-  return text.replace(/[^\x20-\x7e]/g, (char) => "\\u" + char.charCodeAt(0).toString(16).padStart(4, "0"));
 }
 
 /** The entry that counts for each of a layer's heads. */

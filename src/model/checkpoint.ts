@@ -139,9 +139,8 @@ function shapeProblem(info: TensorInfo, wanted: readonly number[]): ModelError |
   if (shape.length === wanted.length && shape.every((size, axis) => size === wanted[axis])) return undefined;
   const transposed = wanted.length === 2 && shape.length === 2 && shape[0] === wanted[1] &&
     shape[1] === wanted[0];
-  const found = shape.length <= 8 ? formatShape(shape) : `${shape.length} dimensions`;
   return new ModelError(
-    `Tensor ${quoteName(info.name)} in ${info.file} has shape ${found}, config.json wants ${
+    `Tensor ${quoteName(info.name)} in ${info.file} has shape ${formatShape(shape)}, config.json wants ${
       formatShape(wanted)
     }`,
     {

@@ -1,7 +1,7 @@
 /** GPT-2's config.json: the keys that change what is computed, checked once, with Hugging Face's defaults. */
 import { join } from "node:path";
 import { ModelError } from "../runtime/errors.ts";
-import { isJsonObject, type JsonObject, readJsonObject, requireFolder } from "./json_file.ts";
+import { describeJson, isJsonObject, type JsonObject, readJsonObject, requireFolder } from "./json_file.ts";
 import { quoteName } from "./weight_source.ts";
 
 export interface GPT2Config {
@@ -216,18 +216,16 @@ function isAbsent(value: unknown): value is null | undefined {
   return value === undefined || value === null;
 }
 
-function show(value: unknown): string {
-  const text = typeof value === "string" ? quoteName(value) : JSON.stringify(value);
-  return text.length > 100 ? `${text.slice(0, 100)}…` : text;
-}
-
 function readSize(json: JsonObject, key: string, where: string, most = MAX_SIZE): number {
   const value = json[key];
   if (isAbsent(value)) throw new ModelError(`${where} has no ${key}`, { hint: CORRECT_IT });
   if (typeof value !== "number" || !Number.isInteger(value) || value < 1 || value > most) {
-    throw new ModelError(`${where} has ${key} ${show(value)}, wanted a whole number from 1 to ${most}`, {
-      hint: CORRECT_IT,
-    });
+    throw new ModelError(
+      `${where} has ${key} ${describeJson(value)}, wanted a whole number from 1 to ${most}`,
+      {
+        hint: CORRECT_IT,
+      },
+    );
   }
   return value;
 }
@@ -236,7 +234,9 @@ function readFlag(json: JsonObject, key: string, absent: boolean, where: string)
   const value = json[key];
   if (isAbsent(value)) return absent;
   if (typeof value === "boolean") return value;
-  throw new ModelError(`${where} has ${key} ${show(value)}, wanted true or false`, { hint: CORRECT_IT });
+  throw new ModelError(`${where} has ${key} ${describeJson(value)}, wanted true or false`, {
+    hint: CORRECT_IT,
+  });
 }
 
 function readEpsilon(json: JsonObject, where: string): number {
@@ -244,7 +244,7 @@ function readEpsilon(json: JsonObject, where: string): number {
   if (isAbsent(value)) return 1e-5;
   if (typeof value === "number" && value > 0 && value <= 1) return value;
   throw new ModelError(
-    `${where} has layer_norm_epsilon ${show(value)}, wanted a number above 0 and at most 1`,
+    `${where} has layer_norm_epsilon ${describeJson(value)}, wanted a number above 0 and at most 1`,
     {
       hint: CORRECT_IT,
     },
@@ -254,9 +254,12 @@ function readEpsilon(json: JsonObject, where: string): number {
 function readActivation(json: JsonObject, where: string): "gelu_new" {
   const value = json["activation_function"];
   if (isAbsent(value) || (typeof value === "string" && TANH_GELU_NAMES.includes(value))) return "gelu_new";
-  throw new ModelError(`${where} has activation_function ${show(value)}, which longform does not compute`, {
-    hint: `it computes ${TANH_GELU_NAMES.join(", ")}: choose another model`,
-  });
+  throw new ModelError(
+    `${where} has activation_function ${describeJson(value)}, which longform does not compute`,
+    {
+      hint: `it computes ${TANH_GELU_NAMES.join(", ")}: choose another model`,
+    },
+  );
 }
 
 /** One id or several; an absent key means `<|endoftext|>`, null means none. */
@@ -265,7 +268,9 @@ function readTokenIds(json: JsonObject, key: string, vocabSize: number, where: s
   const ids: unknown[] = Array.isArray(value) ? value : [value];
   return ids.map((id) => {
     if (typeof id === "number" && Number.isInteger(id)) return id;
-    throw new ModelError(`${where} has ${key} ${show(value)}, wanted a token id`, { hint: CORRECT_IT });
+    throw new ModelError(`${where} has ${key} ${describeJson(value)}, wanted a token id`, {
+      hint: CORRECT_IT,
+    });
   }).filter((id) => id >= 0 && id < vocabSize);
 }
 
@@ -275,7 +280,7 @@ function readProblemType(json: JsonObject, where: string): ProblemType | undefin
   const known = PROBLEM_TYPES.find((type) => type === value);
   if (known) return known;
   throw new ModelError(
-    `${where} has problem_type ${show(value)}, wanted one of ${PROBLEM_TYPES.join(", ")}`,
+    `${where} has problem_type ${describeJson(value)}, wanted one of ${PROBLEM_TYPES.join(", ")}`,
     { hint: CORRECT_IT },
   );
 }
@@ -284,7 +289,9 @@ function readLabels(json: JsonObject, where: string): readonly string[] {
   const value = json["id2label"];
   if (isAbsent(value)) return [];
   if (!isJsonObject(value)) {
-    throw new ModelError(`${where} has id2label ${show(value)}, wanted an object`, { hint: CORRECT_IT });
+    throw new ModelError(`${where} has id2label ${describeJson(value)}, wanted an object`, {
+      hint: CORRECT_IT,
+    });
   }
   return Array.from({ length: Object.keys(value).length }, (_, id) => {
     const label = value[String(id)];

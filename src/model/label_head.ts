@@ -11,15 +11,15 @@ export const DEFAULT_TEMPLATE = "{text}\n\nLabel: {label}";
 
 /** The head that a checkpoint stores; outputs without a name get Hugging Face's. */
 export function scoreHead({ id2label, problemType }: GPT2Config, classes: number): ScoreHead {
-  const labels: string[] = [];
+  const labels = new Set<string>();
   for (let i = 0; i < classes; i++) {
     let label = id2label[i] ?? `LABEL_${i}`;
     // Two classes of one name would be one key of a result.
-    while (labels.includes(label)) label += ` (${i})`;
-    labels.push(label);
+    while (labels.has(label)) label += ` (${i})`;
+    labels.add(label);
   }
   const activation: Activation = activationOf(problemType, classes);
-  return { kind: "score", labels, activation };
+  return { kind: "score", labels: [...labels], activation };
 }
 
 /** What is said of a model without a score head. */

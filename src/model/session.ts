@@ -325,12 +325,11 @@ export class Session {
   }
 }
 
-/** The options that map positions as these words say, which are `describePositions`'. */
+/** The options that map positions as these words say, if they are `describePositions`'. */
 function positionFlags(positions: string): string {
-  const [mode = "exact", , , context] = positions.split(" ");
-  return mode === "interpolate"
-    ? `\`--positions interpolate --context ${context}\``
-    : `\`--positions ${mode}\``;
+  const [, mode, context] = /^(exact|repeat|interpolate)(?: \d+(?: to (\d+))?)?$/.exec(positions) ?? [];
+  if (mode === undefined) return "the `--positions`";
+  return `\`--positions ${mode}${context === undefined ? "" : ` --context ${context}`}\``;
 }
 
 const ANOTHER_FILE = "use another file";
@@ -484,7 +483,8 @@ function checkTensors({ description: path, tensors }: SafetensorsSource): Sessio
   for (const { name, dtype, shape } of expected) {
     const found = tensors.get(name);
     if (!found) throw damaged(`${path} is a session without tensor ${quoteName(name)}`);
-    if (found.dtype === dtype && formatShape(found.shape) === formatShape(shape)) continue;
+    const isAlike = found.shape.length === shape.length && shape.every((size, i) => size === found.shape[i]);
+    if (found.dtype === dtype && isAlike) continue;
     const what = `${found.dtype} ${formatShape(found.shape)}`;
     throw damaged(`Tensor ${quoteName(name)} in ${path} is ${what}, wanted ${dtype} ${formatShape(shape)}`);
   }

@@ -7,8 +7,9 @@
 import { join } from "node:path";
 import { ByteLevelPreTokenizer, SequencePreTokenizer, Tokenizer } from "@huggingface/tokenizers";
 import { InputError, ModelError } from "../runtime/errors.ts";
-import { fileErrorCode, isJsonObject, type JsonObject, readJsonObject } from "./json_file.ts";
+import { describeJson, fileErrorCode, isJsonObject, type JsonObject, readJsonObject } from "./json_file.ts";
 import { isWhiteSpace, UnitEncoder } from "./unit_encoder.ts";
+import { quoteName } from "./weight_source.ts";
 
 /** Text to token ids and back; `decode(encode(text)) === text` for every well-formed string. */
 export interface GPT2Tokenizer {
@@ -29,11 +30,32 @@ export interface GPT2Tokenizer {
   tokenToId(token: string): number | undefined;
 }
 
-interface AddedTokenEntry {
-  id: number;
-  content: string;
-  lstrip?: unknown;
-  rstrip?: unknown;
+/** A token that is found in the text before anything else is. */
+interface AddedToken {
+  readonly id: number;
+  readonly content: string;
+  /** Takes the white space in front of it, or behind it, too. */
+  readonly lstrip: boolean;
+  readonly rstrip: boolean;
+  readonly normalized: boolean;
+  readonly special: boolean;
+}
+
+type Vocabulary = Readonly<Record<string, number>>;
+type Merge = readonly [left: string, right: string];
+
+/** The parts of a tokenizer.json that are used, checked. */
+interface ByteLevelBpe {
+  readonly vocab: Vocabulary;
+  /** Of tokens whose join is a token, all of `vocab`. */
+  readonly merges: readonly Merge[];
+  readonly unkToken: string | null;
+  /** Neighbours that are unknown are one unknown token. */
+  readonly fusesUnknown: boolean;
+  /** A word that is a token is not made of merges. */
+  readonly ignoresMerges: boolean;
+  readonly normalizer: JsonObject | null;
+  readonly preTokenizer: JsonObject;
 }
 
 /** Parsed `tokenizer.json` and `tokenizer_config.json`; `source` is the folder to name in errors. */
@@ -65,6 +87,24 @@ function byteAlphabet(): ReadonlyMap<string, number> {
   return alphabet;
 }
 
+/**
+ * How the library is told to spell the bytes that are not printable ASCII: an added token may be "é", which in GPT-2's
+ * alphabet is byte 0xe9, and the library tells tokens apart by their spelling alone.
+ */
+const SPELLINGS: readonly string[] = [...BYTE_OF_CHAR].toSorted(([, a], [, b]) => a - b)
+  .map(([char, byte]) => byte > SPACE && byte < 0x7f ? char : String.fromCharCode(0xe000 + byte));
+
+/** Parts of a normalizer: of each, what it makes of a text has a length in proportion to it, in such a time. */
+const NORMALIZERS = ["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents"];
+/** Those of a pre-tokenizer besides splitting at a text. */
+const PRE_TOKENIZERS = ["ByteLevel", "Digits", "Punctuation"];
+/** A few times those of any published tokenizer. */
+const MOST_PARTS = 16;
+/** Characters of a token: encoding takes a time that grows with the longest one. Published ones have 128. */
+const LONGEST_TOKEN = 1024;
+/** Ids index an array: four times those of the largest vocabulary that is published. */
+const MOST_IDS = 2 ** 20;
+
 /** Reads `tokenizer.json`, and `tokenizer_config.json` where there is one, from a model folder. */
 export async function loadTokenizer(dir: string): Promise<GPT2Tokenizer> {
   const tokenizer = await readOptionalJson(join(dir, "tokenizer.json"));
@@ -91,15 +131,16 @@ async function readOptionalJson(path: string): Promise<JsonObject | undefined> {
 /** Builds the tokenizer from parsed files; anything that is not byte-level BPE is a ModelError. */
 export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
   const { source } = files;
-  const json = files.tokenizer;
+  const json = isJsonObject(files.tokenizer) ? files.tokenizer : {};
   const config = isJsonObject(files.config) ? files.config : {};
-  const vocab = byteLevelVocab(json, source);
-  const addedTokens = allAddedTokens(json as JsonObject, config, source);
-  const library = buildLibrary({ ...json as JsonObject, added_tokens: addedTokens }, source);
-  fixPreTokenizer(library, config);
+  const parts = byteLevelBpe(json, source);
+  const { vocab } = parts;
+  const addedTokens = allAddedTokens(json, config, source);
+  const library = buildLibrary(parts, addedTokens, config, source);
 
   const bytes = packBytes(vocab, addedTokens, source);
   const missesBytes = [...BYTE_OF_CHAR.keys()].some((char) => vocab[char] === undefined);
+  const addedIds = new Map(addedTokens.map(({ content, id }) => [content, id]));
 
   const bytesOf = (id: number): Uint8Array => {
     const start = bytes.offsets[id];
@@ -119,7 +160,7 @@ export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
     }
     return ids;
   };
-  const rules = pieceRules(library, json as JsonObject, addedTokens);
+  const rules = pieceRules(library, parts, addedTokens);
   const units = rules.cutsBefore && new UnitEncoder(encodeWhole, rules.cutsBefore);
   const encode = (text: string) => units ? units.encode(text) : Uint32Array.from(encodeWhole(text));
 
@@ -129,29 +170,111 @@ export function createTokenizer(files: TokenizerFiles): GPT2Tokenizer {
     encoder: (batch = 1 << 16) => new PieceEncoder(encode, rules, batch),
     decode,
     bytesOf,
-    tokenToId: (token) => library.token_to_id(token),
+    tokenToId: (token) => addedIds.get(token) ?? (Object.hasOwn(vocab, token) ? vocab[token] : undefined),
   };
 }
 
-/** Checks that this is byte-level BPE, and returns the model's vocabulary. */
-function byteLevelVocab(json: unknown, source: string): Readonly<Record<string, number>> {
-  const model = isJsonObject(json) ? json.model : undefined;
-  if (!isJsonObject(json) || !isJsonObject(model)) throw notByteLevel(source, "it has no `model`");
-  if ((model.type ?? "BPE") !== "BPE") throw notByteLevel(source, `its model is ${String(model.type)}`);
+/** Checks that this is byte-level BPE of which all is understood. */
+function byteLevelBpe(json: JsonObject, source: string): ByteLevelBpe {
+  const { model } = json;
+  if (!isJsonObject(model)) throw notByteLevel(source, "it has no `model`");
+  if ((model.type ?? "BPE") !== "BPE") throw notByteLevel(source, `its model is ${describeJson(model.type)}`);
   if (!isJsonObject(model.vocab) || !Array.isArray(model.merges)) {
     throw notByteLevel(source, "its model has no `vocab` and `merges`");
   }
-  if (!hasByteLevel(json.pre_tokenizer)) throw notByteLevel(source, "its pre-tokenizer is not ByteLevel");
-  for (const [token, id] of Object.entries(model.vocab)) {
-    if (!isTokenId(id)) throw notByteLevel(source, `${JSON.stringify(token)} has the id ${String(id)}`);
+  const affix = ["continuing_subword_prefix", "continuing_subword_suffix", "end_of_word_suffix"]
+    .find((key) => (model[key] ?? "") !== "");
+  if (affix !== undefined) {
+    throw notByteLevel(source, `its model has the ${affix} ${describeJson(model[affix])}`);
   }
-  return model.vocab as Record<string, number>;
+  const unkToken = model.unk_token ?? null;
+  if (unkToken !== null && typeof unkToken !== "string") {
+    throw notByteLevel(source, `its unk_token is ${describeJson(unkToken)}`);
+  }
+  const vocab = checkVocabulary(model.vocab, source);
+  return {
+    vocab,
+    merges: checkMerges(model.merges, vocab, source),
+    unkToken,
+    fusesUnknown: model.fuse_unk === true,
+    ignoresMerges: model.ignore_merges === true,
+    normalizer: checkNormalizer(json.normalizer ?? null, source),
+    preTokenizer: checkPreTokenizer(json.pre_tokenizer, source),
+  };
 }
 
-function hasByteLevel(preTokenizer: unknown): boolean {
-  if (!isJsonObject(preTokenizer)) return false;
-  if (preTokenizer.type === "ByteLevel") return true;
-  return Array.isArray(preTokenizer.pretokenizers) && preTokenizer.pretokenizers.some(hasByteLevel);
+function checkVocabulary(vocab: JsonObject, source: string): Vocabulary {
+  const ids = new Set<number>();
+  for (const token of Object.keys(vocab)) {
+    const id = vocab[token];
+    if (!isTokenId(id)) throw notByteLevel(source, `${quoteName(token)} has the id ${describeJson(id)}`);
+    if (token.length > LONGEST_TOKEN) {
+      throw notByteLevel(source, `${quoteName(token)} has ${token.length} characters`);
+    }
+    if (ids.has(id)) throw notByteLevel(source, `${quoteName(token)} has the id ${id}, as another token has`);
+    ids.add(id);
+  }
+  return vocab as Vocabulary;
+}
+
+/** A merge is `"a b"` or `["a", "b"]`. */
+function checkMerges(merges: readonly unknown[], vocab: Vocabulary, source: string): Merge[] {
+  const tokens = new Set(Object.keys(vocab));
+  return merges.map((merge, i) => {
+    const [left, right, ...rest]: unknown[] = typeof merge === "string"
+      ? merge.split(" ")
+      : Array.isArray(merge)
+      ? merge
+      : [];
+    if (typeof left !== "string" || typeof right !== "string" || rest.length > 0) {
+      throw notByteLevel(source, `merge ${i} is ${describeJson(merge)}, no two tokens`);
+    }
+    if (tokens.has(left) && tokens.has(right) && tokens.has(left + right)) return [left, right];
+    // Text would be lost: what a merge makes could not be given an id.
+    const missing = [left, right, left + right].find((token) => !tokens.has(token))!;
+    throw notByteLevel(source, `merge ${i} has ${quoteName(missing)}, which is no token`);
+  });
+}
+
+function checkNormalizer(normalizer: unknown, source: string): JsonObject | null {
+  if (normalizer === null) return null;
+  for (const part of partsOf(normalizer, "normalizers")) {
+    if (isJsonObject(part) && NORMALIZERS.some((type) => type === part.type)) continue;
+    throw notByteLevel(source, `its normalizer has ${describePart(part)}`);
+  }
+  return normalizer as JsonObject;
+}
+
+function checkPreTokenizer(preTokenizer: unknown, source: string): JsonObject {
+  const parts = partsOf(preTokenizer, "pretokenizers");
+  if (parts.filter((part) => isJsonObject(part) && part.type === "ByteLevel").length !== 1) {
+    throw notByteLevel(source, "its pre-tokenizer is not ByteLevel");
+  }
+  for (const part of parts) {
+    if (isJsonObject(part) && (PRE_TOKENIZERS.some((type) => type === part.type) || isPlainSplit(part))) {
+      continue;
+    }
+    throw notByteLevel(source, `its pre-tokenizer has ${describePart(part)}`);
+  }
+  return preTokenizer as JsonObject;
+}
+
+/** The parts of a sequence, or the only one; something that is no part where they are no list, or too long a one. */
+function partsOf(whole: unknown, key: "normalizers" | "pretokenizers"): readonly unknown[] {
+  if (!isJsonObject(whole) || whole.type !== "Sequence") return [whole];
+  const parts = whole[key];
+  return Array.isArray(parts) && parts.length <= MOST_PARTS ? parts : [[]];
+}
+
+/** Splits at a text, which stays: by no regular expression, which could be one that never ends. */
+function isPlainSplit({ type, pattern, behavior, invert = false }: JsonObject): boolean {
+  return type === "Split" && behavior === "Isolated" && invert === false && isJsonObject(pattern) &&
+    Object.keys(pattern).join() === "String" && typeof pattern.String === "string" && pattern.String !== "";
+}
+
+function describePart(part: unknown): string {
+  if (!isJsonObject(part)) return describeJson(part);
+  return `the part ${describeJson(part.type)}${part.type === "Split" ? " by more than a text" : ""}`;
 }
 
 function notByteLevel(source: string, why: string): ModelError {
@@ -162,7 +285,7 @@ function notByteLevel(source: string, why: string): ModelError {
 }
 
 /** `added_tokens` of tokenizer.json, and those that only tokenizer_config.json lists (`added_tokens_decoder`). */
-function allAddedTokens(json: JsonObject, config: JsonObject, source: string): AddedTokenEntry[] {
+function allAddedTokens(json: JsonObject, config: JsonObject, source: string): AddedToken[] {
   const listed = (Array.isArray(json.added_tokens) ? json.added_tokens : []) as unknown[];
   const known = new Set(listed.map((token) => isJsonObject(token) ? token.content : undefined));
   const extra = Object.entries(isJsonObject(config.added_tokens_decoder) ? config.added_tokens_decoder : {})
@@ -170,41 +293,86 @@ function allAddedTokens(json: JsonObject, config: JsonObject, source: string): A
       isJsonObject(token) && !known.has(token.content) ? [{ ...token, id: Number(id) }] : []
     );
   return [...listed, ...extra].map((token) => {
-    if (
-      isJsonObject(token) && isTokenId(token.id) && typeof token.content === "string" && token.content !== ""
-    ) {
-      return token as JsonObject & AddedTokenEntry;
+    if (!isJsonObject(token) || !isTokenId(token.id) || typeof token.content !== "string") {
+      throw notByteLevel(source, "an added token lacks an id or its text");
     }
-    throw notByteLevel(source, `the added token ${JSON.stringify(token)} lacks an id or its text`);
+    const { id, content, special = false } = token;
+    if (content === "" || content.length > LONGEST_TOKEN || !content.isWellFormed()) {
+      throw notByteLevel(
+        source,
+        `the added token ${id} is ${quoteName(content)}, which is no text to look for`,
+      );
+    }
+    return {
+      id,
+      content,
+      lstrip: token.lstrip === true,
+      rstrip: token.rstrip === true,
+      special: special === true,
+      normalized: typeof token.normalized === "boolean" ? token.normalized : special !== true,
+    };
   });
 }
 
-/** Without the post-processor, so that no template can add tokens; without the decoder, which we never call. */
-function buildLibrary(json: JsonObject, source: string): Tokenizer {
-  try {
-    return new Tokenizer({
-      ...json,
-      normalizer: json.normalizer ?? null,
-      post_processor: null,
-      decoder: null,
-    }, {});
-  } catch (cause) {
-    throw new ModelError(`Cannot use the tokenizer.json in ${source}: ${messageOf(cause)}`, {
-      hint: "it should be the tokenizer.json of a GPT-2 checkpoint, unchanged",
-      cause,
-    });
+/** The parts with every byte spelled as in SPELLINGS. */
+function respell(parts: ByteLevelBpe, addedTokens: readonly AddedToken[], source: string): ByteLevelBpe {
+  const respelled = (token: string) =>
+    token.replace(/[^!-~]/g, (char) => SPELLINGS[BYTE_OF_CHAR.get(char) ?? -1] ?? char);
+  const vocab = Object.fromEntries(Object.entries(parts.vocab).map(([token, id]) => [respelled(token), id]));
+  const lookalike = addedTokens.find(({ content }) =>
+    !Object.hasOwn(parts.vocab, content) && Object.hasOwn(vocab, content)
+  );
+  if (lookalike) {
+    throw notByteLevel(source, `the added token ${quoteName(lookalike.content)} is spelled as bytes are`);
   }
+  return {
+    ...parts,
+    vocab,
+    merges: parts.merges.map(([left, right]) => [respelled(left), respelled(right)]),
+    unkToken: parts.unkToken === null ? null : respelled(parts.unkToken),
+  };
 }
 
-/** Puts in the exact pattern; `add_prefix_space` of tokenizer_config.json, where given, overrides tokenizer.json's. */
-function fixPreTokenizer(library: Tokenizer, config: JsonObject): void {
-  const top = library.pre_tokenizer;
-  const parts: readonly unknown[] = top instanceof SequencePreTokenizer ? top.tokenizers : [top];
-  for (const part of parts) {
+/**
+ * Gives the library nothing that is not checked. Without the post-processor, so that no template can add tokens; without
+ * the decoder, which we never call.
+ */
+function buildLibrary(
+  parts: ByteLevelBpe,
+  addedTokens: readonly AddedToken[],
+  config: JsonObject,
+  source: string,
+): Tokenizer {
+  // To spell all tokens anew takes as long as everything else here, and GPT-2 has no such added token.
+  const looksLikeBytes = addedTokens.some(({ content }) => /[^ -~]/.test(content));
+  const { vocab, merges, unkToken } = looksLikeBytes ? respell(parts, addedTokens, source) : parts;
+  const library = new Tokenizer({
+    normalizer: parts.normalizer,
+    pre_tokenizer: parts.preTokenizer,
+    post_processor: null,
+    decoder: null,
+    added_tokens: addedTokens,
+    model: {
+      type: "BPE",
+      vocab,
+      merges,
+      unk_token: unkToken,
+      fuse_unk: parts.fusesUnknown,
+      ignore_merges: parts.ignoresMerges,
+    },
+  }, {});
+  for (const part of preTokenizers(library)) {
     if (!(part instanceof ByteLevelPreTokenizer)) continue;
-    part.pattern = GPT2_PATTERN;
+    part.pattern = GPT2_PATTERN; // the library's is not exact
+    if (looksLikeBytes) part.byte_encoder = { ...SPELLINGS };
+    // That of tokenizer_config.json, where given, overrides tokenizer.json's.
     if (typeof config.add_prefix_space === "boolean") part.add_prefix_space = config.add_prefix_space;
   }
+  return library;
+}
+
+function preTokenizers({ pre_tokenizer: top }: Tokenizer): readonly unknown[] {
+  return top instanceof SequencePreTokenizer ? top.tokenizers : [top];
 }
 
 /** How a text may be encoded before all of it is there. */
@@ -222,18 +390,16 @@ interface PieceRules {
  * No match of GPT2_PATTERN goes on from a character that is no white space to one that is, and none looks behind itself:
  * a text may be cut between the two, unless something else in the tokenizer looks further than the pattern does.
  */
-function pieceRules(library: Tokenizer, json: JsonObject, added: readonly AddedTokenEntry[]): PieceRules {
-  const top = library.pre_tokenizer;
-  const parts: readonly unknown[] = top instanceof SequencePreTokenizer ? top.tokenizers : [top];
+function pieceRules(library: Tokenizer, bpe: ByteLevelBpe, added: readonly AddedToken[]): PieceRules {
+  const parts = preTokenizers(library);
   const byteLevel = parts[0];
   if (library.normalizer !== null || parts.length !== 1 || !(byteLevel instanceof ByteLevelPreTokenizer)) {
     return { cutsBefore: undefined, isByteBounded: false };
   }
   const canSpanCut = added.some(({ content, lstrip, rstrip }) =>
-    /\P{White_Space}\p{White_Space}/u.test(content) || lstrip === true || rstrip === true
+    /\P{White_Space}\p{White_Space}/u.test(content) || lstrip || rstrip
   );
-  const isFused = isJsonObject(json.model) && json.model.fuse_unk === true;
-  const isCuttable = !canSpanCut && !isFused && byteLevel.use_regex;
+  const isCuttable = !canSpanCut && !bpe.fusesUnknown && byteLevel.use_regex;
   // `add_prefix_space` puts a space before every text that does not begin with one.
   const cutsBefore = byteLevel.add_prefix_space ? (code: number) => code === SPACE : isWhiteSpace;
   return { cutsBefore: isCuttable ? cutsBefore : undefined, isByteBounded: !byteLevel.add_prefix_space };
@@ -241,8 +407,8 @@ function pieceRules(library: Tokenizer, json: JsonObject, added: readonly AddedT
 
 /** All tokens' bytes end to end: token i is `data[offsets[i] .. offsets[i + 1])`. */
 function packBytes(
-  vocab: Readonly<Record<string, number>>,
-  added: readonly AddedTokenEntry[],
+  vocab: Vocabulary,
+  added: readonly AddedToken[],
   source: string,
 ) {
   const spelled = new Map(Object.entries(vocab).map(([token, id]) => [id, token]));
@@ -264,10 +430,7 @@ function packBytes(
       for (const char of spelled.get(id) ?? "") {
         const byte = BYTE_OF_CHAR.get(char);
         if (byte === undefined) {
-          throw notByteLevel(
-            source,
-            `token ${id} is ${JSON.stringify(spelled.get(id))}, not spelled in bytes`,
-          );
+          throw notByteLevel(source, `token ${id} is ${quoteName(spelled.get(id)!)}, not spelled in bytes`);
         }
         data[at++] = byte;
       }
@@ -439,11 +602,6 @@ function utf8Length(text: string): number {
   return bytes;
 }
 
-/** Ids index an array here, so a damaged file must not ask for a huge one. */
 function isTokenId(value: unknown): value is number {
-  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < 2 ** 24;
-}
-
-function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
+  return Number.isInteger(value) && (value as number) >= 0 && (value as number) < MOST_IDS;
 }

@@ -14,6 +14,7 @@ import {
 import { parseOptions } from "../../src/cli/options.ts";
 import { loadPlots } from "../../src/cli/plots.ts";
 import type { KernelProfile } from "../../src/cli/profile.ts";
+import { LongformError } from "../../src/runtime/errors.ts";
 import { temporaryFolder } from "../support/checkpoint.ts";
 import { expectFailure, RUN_TIMEOUT_MS, runCli, runtimes, writeTinyModel } from "../support/cli.ts";
 
@@ -315,6 +316,14 @@ describe("recorded results", () => {
       ["{", "not valid JSON"],
       [{ adapter: "a" }, "neither `rows` nor `ours`"],
       [{ ...report, driver: 5 }, "`driver` is 5, wanted a text"],
+      [
+        JSON.stringify({ ...report, driver: 0 }).replace(
+          '"driver":0',
+          `"driver":${"[".repeat(1e5)}${"]".repeat(1e5)}`,
+        ),
+        "`driver` is an array, wanted a text",
+      ],
+      [{ ...report, rows: new Array(10_001).fill(report.rows[0]) }, "`rows` has 10001 entries"],
       [rowsOf({ ...report.rows[0], phase: "lunch" }), '`rows[0]`: `phase` is "lunch"'],
       [rowsOf({ ...report.rows[0], context: -1 }), "`context` is -1"],
       [rowsOf({ ...report.rows[0], ms: { min: 2, median: 1, max: 3 } }), "a median of 1 outside of 2 to 3"],
@@ -331,6 +340,16 @@ describe("recorded results", () => {
     expect(mergeBenchResults([await write("here.json", report), elsewhere])).rejects.toThrow(
       /differ in their adapter: a <b> & "c" in .*here\.json, another in .*elsewhere\.json/,
     );
+  });
+
+  test("names that Vega takes for something else are an error, not a stack trace", async () => {
+    const rows = report.rows.map((one) => ({ ...one, variant: "constructor" }));
+    const error = await drawReport({ ...report, rows }, await loadPlots()).then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    expect(error).toBeInstanceOf(LongformError);
+    expect(error?.message).toBe("Vega cannot draw these results");
   });
 });
 

@@ -293,6 +293,8 @@ describe("a prompt that cannot be used", () => {
     JSON.stringify({ id: "empty", prompt: "" }),
     JSON.stringify({ id: "long", prompt: "x".repeat(17) }),
     JSON.stringify({ id: "unspeakable", prompt: "naïve" }),
+    '{"id": 1e999, "prompt": "hello"}',
+    "{\x1b[2J}",
     JSON.stringify({ id: 1.5, prompt: "x".repeat(16), more: true }),
   ].join("\n");
   const errors = [
@@ -306,6 +308,8 @@ describe("a prompt that cannot be used", () => {
     { line: 9, id: "empty", error: "the prompt is empty" },
     { line: 10, id: "long", error: "the prompt has 17 tokens, there is room for 16" },
     { line: 11, id: "unspeakable", error: expect.stringMatching(/has no tokens for some characters/) },
+    { line: 12, error: '"id" is too large for a number: put it in quotes' },
+    { line: 13, error: expect.stringMatching(/^not JSON: [\x20-\x7e]+$/) },
   ];
 
   test("is a line with its error; the others are continued; exit code 1", async () => {
@@ -316,10 +320,10 @@ describe("a prompt that cannot be used", () => {
     expect(lines[0]).toMatchObject({ line: 1, id: "first", prompt_tokens: 5, finish_reason: "length" });
     expect(lines[0]!.tokens).toHaveLength(3);
     // Its context is full.
-    expect(lines.at(-1)).toMatchObject({ line: 12, id: 1.5, prompt_tokens: 16, finish_reason: "length" });
+    expect(lines.at(-1)).toMatchObject({ line: 14, id: 1.5, prompt_tokens: 16, finish_reason: "length" });
     expect(lines.at(-1)!.tokens).toHaveLength(1);
     expect(result.code).toBe(1);
-    expect(noteOf(result)).toEqual({ prompts: 12, batch: 2, generated: 4, failed: 10 });
+    expect(noteOf(result)).toEqual({ prompts: 14, batch: 2, generated: 4, failed: 12 });
 
     const quiet = await runCli([...short, "--prompts", file, "-c", "16", "--batch", "2", "-q", "--json"]);
     expect({ code: quiet.code, notes: quiet.notes }).toEqual({ code: 1, notes: "" });

@@ -216,6 +216,9 @@ describe("resuming", () => {
     await expect(ResultFile.open(path, { resume: true, labels: many })).rejects.toThrow(
       "those of this run are l0, l1, l2, l3, l4 and 72 more",
     );
+    const long = written(line({ id: 1, logits: { [`\x1b[2J${"x".repeat(1e6)}`]: 1 } }));
+    const { message } = await rejection(resumed(long)) as Error;
+    expect(message).toMatch(/with the labels \\u001b\[2Jx{80,}…, those of this run are/);
   });
 
   test("refuses another input: line, both ids, and what to do", async () => {

@@ -116,6 +116,13 @@ describe("parseConfig", () => {
     test(`${what} is refused by name`, () => expect(refusal(json).message).toContain(mention));
   }
 
+  test("a value deeper than recursion goes is refused as any other", () => {
+    const deep = JSON.parse("[".repeat(200_000) + "]".repeat(200_000)) as unknown;
+    for (const key of ["n_layer", "scale_attn_weights", "eos_token_id", "id2label", "problem_type"]) {
+      expect(refusal({ ...MINIMAL, [key]: deep }).message).toContain(`${key} an array`);
+    }
+  });
+
   test("control characters of a hostile file do not reach the message", () => {
     expect(refusal({ ...SIZES, model_type: "\u001b[31mred\u009b" }).message).toMatch(/^[\x20-\x7e]+$/);
   });

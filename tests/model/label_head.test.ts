@@ -32,6 +32,12 @@ describe("the head of a checkpoint", () => {
     }
   });
 
+  test("takes time in proportion to its classes", () => {
+    const started = performance.now();
+    expect(scoreHead(CONFIG, 200_000).labels.length).toBe(200_000);
+    expect(performance.now() - started).toBeLessThan(5000); // minutes where each is looked for among all
+  });
+
   test("has scores as its config says", () => {
     expect(scoreHead({ ...CONFIG, problemType: "regression" }, 2).activation).toBe("none");
     expect(scoreHead({ ...CONFIG, problemType: "multi_label_classification" }, 2).activation).toBe("sigmoid");

@@ -153,6 +153,30 @@ describe("openSafetensors", () => {
       `"t" and "u"`,
     ],
     [
+      "sizes whose product overflows before a size of 0",
+      { t: entry("U8", [2 ** 52, 2 ** 52, 0], 0, 0) },
+      NO_BYTES,
+      "impossible shape",
+    ],
+    [
+      "more sizes than a message has room for",
+      { t: entry("U8", new Array(5000).fill(1), 0, 2) },
+      bytes(0, 0),
+      "[1, 1, 1, 1, 1, 1, 1, 1 and 4992 more], but has 2",
+    ],
+    [
+      "a tensor's type twice",
+      `{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}`,
+      bytes(0),
+      "more than once",
+    ],
+    [
+      "a key of the metadata twice",
+      `{"__metadata__":{"a":"1","a":"2"},"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}`,
+      bytes(0),
+      "more than once",
+    ],
+    [
       "the same tensor twice",
       `{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"I8","shape":[1],"data_offsets":[0,1]}}`,
       bytes(0),
@@ -293,7 +317,9 @@ describe("openCheckpoint", () => {
       "..\\x.safetensors",
       "C:x.safetensors",
     ];
-    for (const shard of [...escapes, "", "..", ".safetensors", "model.bin", "a\0.safetensors", 7, null]) {
+    const unprintable = ["a\0.safetensors", "\x9b2J.safetensors", "\u202e.safetensors", "\ud800.safetensors"];
+    const long = `${"x".repeat(250)}.safetensors`;
+    for (const shard of [...escapes, ...unprintable, long, "", "..", ".safetensors", "model.bin", 7, null]) {
       const dir = newFolder();
       writeIndex(dir, { t: shard });
       const error = await refusal(openCheckpoint(dir), join(dir, "model.safetensors.index.json"));

@@ -252,7 +252,7 @@ describe("UnitEncoder", () => {
 });
 
 describe("encoder", () => {
-  const model = original.model as { vocab: Record<string, number> };
+  const model = original.model as { vocab: Record<string, number>; merges: [string, string][] };
   const withoutWords = Object.fromEntries(
     Object.entries(model.vocab).filter(([token]) => token.length === 1 || !/[aeh]/.test(token)),
   );
@@ -284,7 +284,7 @@ describe("encoder", () => {
         pre_tokenizer: {
           type: "Sequence",
           pretokenizers: [
-            { type: "Split", pattern: { Regex: "\\S\\s" }, behavior: "Isolated", invert: false },
+            { type: "Split", pattern: { String: "e " }, behavior: "Isolated", invert: false },
             byteLevel,
           ],
         },
@@ -302,7 +302,15 @@ describe("encoder", () => {
     [
       "unknown tokens that are one",
       build({
-        model: { ...model, vocab: withoutWords, unk_token: "<|endoftext|>", fuse_unk: true },
+        model: {
+          ...model,
+          vocab: withoutWords,
+          merges: model.merges.filter((merge) =>
+            [...merge, merge.join("")].every((token) => token in withoutWords)
+          ),
+          unk_token: "<|endoftext|>",
+          fuse_unk: true,
+        },
       }),
     ],
   ];
@@ -618,7 +626,7 @@ describe("the tokenizer files", () => {
   test("anything but byte-level BPE is refused with a reason and a hint", () => {
     const metaspace = { type: "Metaspace", replacement: "▁" };
     const refused: [string, () => unknown, string][] = [
-      ["WordPiece", () => build({ model: { type: "WordPiece", vocab: {} } }), "its model is WordPiece"],
+      ["WordPiece", () => build({ model: { type: "WordPiece", vocab: {} } }), `its model is "WordPiece"`],
       ["no model", () => build({ model: null }), "it has no `model`"],
       ["no merges", () => build({ model: { type: "BPE", vocab: {} } }), "no `vocab` and `merges`"],
       ["Metaspace", () => build({ pre_tokenizer: metaspace }), "its pre-tokenizer is not ByteLevel"],
@@ -628,6 +636,67 @@ describe("the tokenizer files", () => {
         "not spelled in bytes",
       ],
       ["ids", () => build({ model: { type: "BPE", vocab: { a: 1e12 }, merges: [] } }), "has the id"],
+      // 64 MiB for a file of some bytes.
+      [
+        "a large id",
+        () => build({ model: { type: "BPE", vocab: { a: 2 ** 20 }, merges: [] } }),
+        "has the id 1048576",
+      ],
+      [
+        "two tokens of one id",
+        () => build({ model: { type: "BPE", vocab: { a: 1, b: 1 }, merges: [] } }),
+        `"b" has the id 1, as another token has`,
+      ],
+      [
+        "a long token",
+        () => build({ model: { vocab: { ["a".repeat(2000)]: 1 }, merges: [] } }),
+        "has 2000 characters",
+      ],
+      [
+        "a merge into no token, whose text would be lost",
+        () => build({ model: { vocab: { a: 0, b: 1 }, merges: ["a b"] } }),
+        `merge 0 has "ab", which is no token`,
+      ],
+      [
+        "a merge of three",
+        () => build({ model: { vocab: { a: 0 }, merges: ["a a a"] } }),
+        `merge 0 is "a a a", no two tokens`,
+      ],
+      [
+        "a suffix of words",
+        () => build({ model: { vocab: {}, merges: [], end_of_word_suffix: "</w>" } }),
+        `its model has the end_of_word_suffix "</w>"`,
+      ],
+      [
+        "an unknown token that is no text",
+        () => build({ model: { vocab: {}, merges: [], unk_token: { toString: 1 } } }),
+        "its unk_token is an object",
+      ],
+      [
+        "values without a text of their own",
+        () => build({ model: { type: JSON.parse('{"toString":1}'), vocab: {}, merges: [] } }),
+        "its model is an object",
+      ],
+      [
+        "an added token that is long",
+        () => build(added({ content: "a".repeat(2000) })),
+        "no text to look for",
+      ],
+      [
+        "an added token that is half a character",
+        () => build(added({ content: "\ud800" })),
+        "no text to look for",
+      ],
+      [
+        "an added token without a text",
+        () => build(added({ id: 9000 })),
+        "an added token lacks an id or its text",
+      ],
+      [
+        "an added token that looks like a byte",
+        () => build(added({ content: "\ue0e9" })),
+        "is spelled as bytes are",
+      ],
       ["an array", () => createTokenizer({ tokenizer: [], source: "test" }), "it has no `model`"],
     ];
     for (const [name, make, reason] of refused) {
@@ -636,6 +705,60 @@ describe("the tokenizer files", () => {
         .toEqual({ name, is: true, hint: true });
       expect(String(error)).toContain(reason);
     }
+  });
+
+  const isolated = { type: "Split", behavior: "Isolated", invert: false };
+  const foreign: [name: string, part: object, reason: string][] = [
+    // Of these, the first takes for ever for a text of 40 letters, the second for every text.
+    [
+      "a regular expression",
+      { ...isolated, pattern: { Regex: "(a+)+$" } },
+      `the part "Split" by more than a text`,
+    ],
+    ["pieces of no length", { type: "FixedLength", length: 0 }, `the part "FixedLength"`],
+    [
+      "pieces that are left out",
+      { ...isolated, pattern: { String: "a" }, behavior: "Removed" },
+      `the part "Split"`,
+    ],
+    ["a split by nothing", { ...isolated, pattern: { String: "" } }, `the part "Split"`],
+    ["a replacement", { type: "Replace", pattern: { String: "a" }, content: "aa" }, `the part "Replace"`],
+    ["a sequence in it", { type: "Sequence", pretokenizers: [] }, `the part "Sequence"`],
+    ["no type", {}, "the part undefined"],
+  ];
+  for (const [name, part, reason] of foreign) {
+    test(`a pre-tokenizer with ${name} is refused`, () => {
+      const sequence = { type: "Sequence", pretokenizers: [part, byteLevel] };
+      expect(String(errorOf(() => build({ pre_tokenizer: sequence })))).toContain(
+        `its pre-tokenizer has ${reason}`,
+      );
+    });
+  }
+
+  test("a normalizer that makes texts longer, or has no end of parts, is refused", () => {
+    const doubling = { type: "Replace", pattern: { String: "a" }, content: "aa" };
+    for (const normalizer of [doubling, { type: "Sequence", normalizers: Array(30).fill(doubling) }]) {
+      expect(String(errorOf(() => build({ normalizer })))).toContain("its normalizer has");
+    }
+    const many = { type: "Sequence", normalizers: Array(1000).fill({ type: "NFC" }) };
+    expect(String(errorOf(() => build({ normalizer: many })))).toContain("its normalizer has an array");
+    let deep: object = { type: "NFC" };
+    for (let i = 0; i < 100_000; i++) deep = { type: "Sequence", normalizers: [deep] };
+    expect(String(errorOf(() => build({ normalizer: deep })))).toContain(`the part "Sequence"`);
+  });
+
+  test("an added token is not taken for the byte that GPT-2 spells like it", () => {
+    const accented = build(added({ content: "é" }));
+    expect(accented.encode("é")).toEqual([8192]);
+    for (const text of ["骨", "é骨é"]) expect(accented.decode(accented.encode(text))).toBe(text); // 0xe9 0xaa 0xa8
+    expect(accented.tokenToId("é")).toBe(8192);
+    expect(accented.tokenToId("Ġthe")).toBe(tokenizer.tokenToId("Ġthe")!);
+    expect(accented.tokenToId("toString")).toBeUndefined();
+  });
+
+  test("a model without a type is BPE, as GPT-2's first tokenizer.json is", () => {
+    const { type: _type, ...model } = original.model as { type: string };
+    expect(build({ model }).encode("Hello world")).toEqual(tokenizer.encode("Hello world"));
   });
 
   test("a missing or damaged file is a ModelError that names it", async () => {

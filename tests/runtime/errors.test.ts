@@ -56,6 +56,15 @@ describe("error classes", () => {
     expect(error).toBeInstanceOf(LongformError);
     expect("cause" in new DeviceError("message")).toBe(false);
   });
+  test("are one line that does nothing to a terminal, of bounded length", () => {
+    const hostile = "a\nb\t\x1b[2J\x9b\u202e\u2028\u{e0041}\ud800é東😀";
+    const { message, hint } = new ModelError(hostile, { hint: hostile });
+    expect(message).toBe("a\\nb\\u0009\\u001b[2J\\u009b\\u202e\\u2028\\u{e0041}\\ud800é東😀");
+    expect(hint).toBe(message);
+    expect(new ModelError("\x1b".repeat(1e6)).message.length).toBe(2001);
+    expect(new ModelError("x".repeat(2001)).message).toBe(`${"x".repeat(2000)}…`);
+    expect(new ModelError("x".repeat(2000)).message).toBe("x".repeat(2000));
+  });
 });
 
 describe("uncaptured errors", () => {
