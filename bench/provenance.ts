@@ -20,11 +20,12 @@ export function provenance(commit: string | undefined): Provenance {
   // Where the result goes is no part of how it was made.
   const out = all.indexOf("--out");
   const args = out < 0 ? all : all.toSpliced(out, 2);
+  const program = process.versions["deno"] ? "deno run -A" : "bun";
   return {
     runtime: runtimeName(),
     version: VERSION,
     commit: commit ?? asked.stdout?.toString().trim() ?? "unknown",
-    command: ["bun", relative(process.cwd(), script), ...args].join(" "),
+    command: [program, relative(process.cwd(), script), ...args].join(" "),
     date: new Date().toISOString().slice(0, 10),
   };
 }

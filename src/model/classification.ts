@@ -133,7 +133,7 @@ export async function* classifyDocuments<T>(
       if (isFull || (!ahead.isReady && packs.isIdle)) await packs.flush();
       if (isFull || !ahead.isReady) {
         const news = [...(isFull ? [] : [ahead.ready()]), ...(waiting.length > 0 ? [waiting.first()] : [])];
-        await Promise.race([...news, abortion.promise]);
+        await abortion.race(news);
         continue;
       }
       let next: Encoded<T> | undefined;
@@ -163,7 +163,7 @@ export async function* classifyDocuments<T>(
     }
     await packs.flush();
     while (waiting.length > 0) {
-      await Promise.race([waiting.first(), abortion.promise]);
+      await abortion.race([waiting.first()]);
       yield* waiting.settled();
     }
     if (failure) throw failure.error;
@@ -174,13 +174,25 @@ export async function* classifyDocuments<T>(
   }
 }
 
-/** Rejects with the signal's reason when it comes, and never without one. */
-function abortionOf(signal: AbortSignal | undefined): { promise: Promise<never>; forget(): void } {
+interface Abortion {
+  /** Waits for the first of these, or rejects with the signal's reason when that comes before. */
+  race(news: readonly Promise<unknown>[]): Promise<void>;
+  forget(): void;
+}
+
+function abortionOf(signal: AbortSignal | undefined): Abortion {
   let abort = () => {};
-  const promise = new Promise<never>((_, reject) => abort = () => reject(signal?.reason));
-  promise.catch(() => {}); // whoever waits for something else at that time asks the signal
-  signal?.addEventListener("abort", abort);
-  return { promise, forget: () => signal?.removeEventListener("abort", abort) };
+  const listener = () => abort();
+  signal?.addEventListener("abort", listener);
+  return {
+    async race(news) {
+      // A promise of its own for each wait: one for all of them would keep a reaction for every wait there ever was.
+      const aborted = new Promise<never>((_, reject) => abort = () => reject(signal?.reason));
+      if (signal?.aborted) abort();
+      await Promise.race([...news, aborted]);
+    },
+    forget: () => signal?.removeEventListener("abort", listener),
+  };
 }
 
 /** Tokens that template and label take, and how many that leaves to a document by the positions and in the cache. */
