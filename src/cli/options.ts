@@ -18,6 +18,8 @@ import { runtimeName, VERSION } from "./version.ts";
 export interface CommonOptions {
   readonly model: string | undefined;
   readonly dtype: "auto" | "f16" | "f32";
+  /** Undefined asks for a random one, where anything is drawn at random. */
+  readonly seed: number | undefined;
   readonly adapter: string | undefined;
   readonly fallbackAdapter: boolean;
   readonly json: boolean;
@@ -57,8 +59,6 @@ export interface GenerateOptions extends RunOptions {
   readonly topP: number;
   readonly minP: number;
   readonly repeatPenalty: number;
-  /** Undefined asks for a random one. */
-  readonly seed: number | undefined;
   readonly stop: readonly string[];
   readonly ignoreEos: boolean;
   readonly logprobs: number | undefined;
@@ -302,6 +302,13 @@ export const COMMON: readonly OptionSpec[] = [
     convert: oneOf("auto", "f16", "f32"),
   },
   {
+    flags: "--seed <n>",
+    description:
+      "Same seed, same text (default: random, shown with the timings); only `generate` draws at random",
+    example: 'longform generate "Once upon a time" --seed 7',
+    convert: number((n) => Number.isSafeInteger(n), "a whole number"),
+  },
+  {
     flags: "--adapter <name|index>",
     description: "The adapter to run on, as `info` lists them",
     example: "longform info --adapter 1",
@@ -452,12 +459,6 @@ export const COMMANDS = {
         description: "Make tokens that have occurred less likely, 1 is off (default: 1)",
         example: 'longform generate "Once upon a time" --repeat-penalty 1.1',
         convert: number((n) => Number.isFinite(n) && n > 0, "a number above 0"),
-      },
-      {
-        flags: "--seed <n>",
-        description: "Same seed, same text (default: random, shown with the timings)",
-        example: 'longform generate "Once upon a time" --seed 7',
-        convert: number((n) => Number.isSafeInteger(n), "a whole number"),
       },
       {
         flags: "--stop <text>",
@@ -948,6 +949,7 @@ function typed(name: CommandName, positionals: readonly string[], get: (flag: st
   const common: CommonOptions = {
     model: optional("--model"),
     dtype: optional<CommonOptions["dtype"]>("--dtype") ?? "auto",
+    seed: optional("--seed"),
     adapter: optional("--adapter"),
     fallbackAdapter: get("--fallback-adapter") !== 0,
     json: get("--json") !== 0,
@@ -1180,7 +1182,6 @@ function typedGenerate(
     topP: optional("--top-p") ?? 0.95,
     minP: optional("--min-p") ?? 0,
     repeatPenalty: optional("--repeat-penalty") ?? 1,
-    seed: optional("--seed"),
     stop: get("--stop") as string[],
     ignoreEos: get("--ignore-eos") !== 0,
     logprobs: optional("--logprobs"),

@@ -24,6 +24,7 @@ const EXERCISED: Readonly<Record<string, Readonly<Record<string, string>>>> = {
   common: {
     "--model": "generate.test.ts: streams the text of --json, and the timings go to stderr",
     "--dtype": "session.test.ts: by another element type: exit code 1",
+    "--seed": "generate.test.ts: another seed gives another text, a random one is reported and repeats",
     "--adapter": `${SELF}: an adapter is chosen by its number, or by a part of its name`,
     "--fallback-adapter": `${SELF}: --fallback-adapter runs on the CPU`,
     "--json": "generate.test.ts: --json has the documented keys, with sane numbers",
@@ -51,7 +52,6 @@ const EXERCISED: Readonly<Record<string, Readonly<Record<string, string>>>> = {
     "--top-p": DRAWING,
     "--min-p": DRAWING,
     "--repeat-penalty": DRAWING,
-    "--seed": "generate.test.ts: another seed gives another text, a random one is reported and repeats",
     "--stop": "generate.test.ts: --stop ends before its text, in the stream as in --json",
     "--ignore-eos": "generate.test.ts: the end-of-text token ends it, --ignore-eos goes on",
     "--logprobs": "generate.test.ts: greedy text does not depend on the seed, and --logprobs explains it",
@@ -197,6 +197,16 @@ describe("options that no other test runs", () => {
     expect(filtered).toEqual([greedy!, greedy!, greedy!]);
     expect(new Set(greedy).size).toBeLessThan(20);
     expect(new Set(penalized).size).toBe(20);
+  });
+
+  test("--seed is taken by every command, and changes nothing where nothing is drawn", async () => {
+    const perplexities = await Promise.all(["1", "2"].map(async (seed) => {
+      const [{ perplexity }] = await json(["score", "-m", model, "--dtype", "f32", "--seed", seed, file]);
+      return perplexity;
+    }));
+    expect(perplexities[0]).toBeGreaterThan(1);
+    expect(perplexities[1]).toBe(perplexities[0]);
+    expect((await json(["inspect", model, "--seed", "1"])).problems).toEqual([]);
   });
 
   test("`help` shows what `--help` does, of a command and of all", async () => {
